@@ -1,0 +1,131 @@
+"""The contract of a pool, and the registry by which others add pools of their own.
+
+A pool lays packets on the pages of an arena. It is asked for two kinds of memory: *data* of any size (headers and payload of a
+packet) and *heads* of one fixed size (what `struct sk_buff` is to the kernel). The three allocators of the 2006 dispute want to
+know different things about a request, so the contract carries what any of them needs and each ignores the rest:
+
+* `size` is given on free as well as on allocation: NTA keeps no header and must be told.
+* `cpu` is a lane number that stands for the CPU that allocates or frees: SLAB has per-CPU arrays, NTA per-CPU regions.
+* `group` is the address of an earlier object of the same packet: SROG packs the objects of one packet on the same pages.
+
+A pool never raises for want of memory: it returns `NULL`. After every successful allocation `pfmemalloc` tells whether that
+allocation had to use the reserve (memory under the page allocator's `min` watermark, `gfp.MEMALLOC`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, ClassVar, Final
+
+if TYPE_CHECKING:
+    from pools.buddy import PageAllocator
+
+NULL: Final = -1
+"""What an allocation returns when there is no memory; also "no group"."""
+
+SKB_HEAD_SIZE: Final = 232
+"""Bytes of one packet head: `sizeof(struct sk_buff)` on a 64-bit kernel of the years that we compare with."""
+
+ENTRY_POINT_GROUP: Final = "ustack.pools"
+
+
+class PoolStats:
+    """Running totals of a pool. `requested` and `charged` are bytes now live; the peaks are their highest values so far."""
+
+    __slots__ = ("allocs", "charged", "charged_peak", "failures", "frees", "requested", "requested_peak")
+
+    def __init__(self) -> None:
+        self.allocs = 0
+        self.frees = 0
+        self.failures = 0
+        self.requested = 0
+        self.requested_peak = 0
+        self.charged = 0
+        self.charged_peak = 0
+
+
+class Pool(ABC):
+    """Packet memory on the pages of one `PageAllocator`.
+
+    `name` is the name under which configuration selects the pool. `max_size` is the largest data request in bytes that can ever
+    succeed. `head_charge` is the number of bytes that one head really takes. `pfmemalloc` belongs to the last successful
+    allocation. `stats` counts data and heads together.
+    """
+
+    __slots__ = ("head_charge", "max_size", "pages", "pfmemalloc", "stats")
+
+    name: ClassVar[str]
+
+    def __init__(self, pages: PageAllocator) -> None:
+        self.pages = pages
+        self.stats = PoolStats()
+        self.pfmemalloc = False
+        self.max_size = 0
+        self.head_charge = 0
+
+    @abstractmethod
+    def alloc(self, size: int, gfp: int, cpu: int = 0, group: int = NULL) -> int:
+        """Allocate `size` bytes of data and return their address, or `NULL`. `group`: an object of the packet it belongs to."""
+
+    @abstractmethod
+    def free(self, addr: int, size: int, cpu: int = 0, group: int = NULL) -> None:
+        """Give back data; `size` is what was asked for. Raises `DoubleFree` for memory that is not allocated."""
+
+    @abstractmethod
+    def charge(self, addr: int, size: int) -> int:
+        """Bytes that the live allocation at `addr`, asked for as `size`, really takes, rounding and headers included (truesize)."""
+
+    @abstractmethod
+    def alloc_head(self, gfp: int, cpu: int = 0, group: int = NULL) -> int:
+        """Allocate one packet head (`SKB_HEAD_SIZE` bytes) and return its address, or `NULL`."""
+
+    @abstractmethod
+    def free_head(self, addr: int, cpu: int = 0, group: int = NULL) -> None:
+        """Give back a packet head."""
+
+    def link(self, group: int, other: int) -> None:  # noqa: B027 (a pool without groups has nothing to do)
+        """Join the groups of two live objects, so that either is a valid `group` for the objects of both (srog_link)."""
+
+    @abstractmethod
+    def reap(self) -> int:
+        """Give back every page that no live object needs; return how many pages went back."""
+
+    @abstractmethod
+    def held_pages(self) -> int:
+        """Pages that the pool holds now, cached free objects included."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Verify every invariant of the pool's own bookkeeping; raise `AssertionError` on the first that fails. For tests: slow."""
+
+
+class DoubleFree(RuntimeError):
+    """Memory was freed that is not allocated: a bug in the caller. The pool is unchanged."""
+
+
+_builtin: dict[str, type[Pool]] = {}
+
+
+def register(pool: type[Pool]) -> type[Pool]:
+    """Class decorator for the pools of this package. Others use the entry point group `ustack.pools` instead."""
+    _builtin[pool.name] = pool
+    return pool
+
+
+def names() -> list[str]:
+    """The names of all pools that can be selected, sorted."""
+    return sorted({*_builtin, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def by_name(name: str) -> type[Pool]:
+    """The pool class with that name. Raises `KeyError` with the names there are if there is none."""
+    if name in _builtin:
+        return _builtin[name]
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name == name:
+            pool = point.load()
+            if not (isinstance(pool, type) and issubclass(pool, Pool)):
+                raise TypeError(f"entry point {point.value!r} for pool {name!r} is not a subclass of pools.base.Pool")
+            return pool
+    raise KeyError(f"no pool {name!r}; there are: {', '.join(names())}")

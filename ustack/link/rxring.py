@@ -1,0 +1,248 @@
+"""Receive rings: memory posted before a frame comes, and the frame while it lies there.
+
+Both receive modes of the design are here, because the dispute of 2006 was about both.
+
+* `LinearRing`: one contiguous buffer per frame, big enough for the MTU, allocated before it is known whose frame it is: the way of the
+  drivers of 2006. A kept frame takes its buffer along, and another one must be found for the ring. When the pool is empty the ring
+  starves; buffers from the reserve are posted only while a memalloc socket exists, and the drop rule decides about what lands in them.
+* `PagedRing`: packet split. One header buffer and as many pages as the largest frame fills. A small frame is copied out of the header
+  buffer (copybreak); the pages of a large one leave with it, and only after others were found to take their place. So the ring is
+  always full, and a frame that nobody keeps has cost nothing: it can be classified before anything is allocated for it.
+
+An `RxFrame` is valid until its delivery returns. Whoever wants to keep bytes calls `keep`, which makes an skb of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from pools.arena import PAGE_MASK, PAGE_SHIFT
+from pools.base import NULL
+from pools.gfp import ATOMIC, MEMALLOC
+from ustack.skb import page_runs
+
+if TYPE_CHECKING:
+    from ustack.skb import Buffer, Skb, SkbMemory
+
+HEADER_BUFFER: Final = 2048
+"""Bytes of the paged ring's header buffer: a frame of 1500 bytes fits it whole, so only larger frames use pages."""
+
+LINEAR_RING_FRAMES: Final = 64
+"""Buffers that a linear ring posts: one batch of the pump."""
+
+
+class RxFrame:
+    """A received frame, still in the ring. Offsets count from the first byte of the Ethernet header.
+
+    `head` is a view on the contiguous start of the frame; at least the first `min(len, 2048)` bytes lie in it (what follows them in
+    `head` is old memory). `csum_ok` means that the device vouches for the transport checksum; `gso_size` is the payload of each
+    segment that was merged into this frame, 0 for a plain one. `pfmemalloc` is set when the buffer it lies in came from the reserve.
+    """
+
+    __slots__ = ("csum_ok", "gso_size", "head", "len", "pfmemalloc", "ring")
+
+    def __init__(self, ring: RxRing) -> None:
+        self.ring = ring
+        self.head = memoryview(b"")
+        self.len = 0
+        self.csum_ok = False
+        self.gso_size = 0
+        self.pfmemalloc = False
+
+    def views(self, offset: int, length: int) -> list[memoryview]:
+        """The bytes `offset .. offset+length` as views on ring memory."""
+        return self.ring.views(offset, length)
+
+    def tobytes(self, offset: int, length: int) -> bytes:
+        """A copy of the bytes `offset .. offset+length`."""
+        return b"".join(self.ring.views(offset, length))
+
+    def keep(self, offset: int, length: int, gfp: int) -> Skb | None:
+        """An skb of the bytes `offset .. offset+length`; None when there is no memory. At most once for each frame."""
+        return self.ring.keep(offset, length, gfp)
+
+
+class RxRing(ABC):
+    """Posted receive memory for frames of up to `max_frame` bytes. A device reads into `iov` and then delivers `frame`.
+
+    `prefix` is a buffer of the device's own that comes first in `iov` (a virtio-net header).
+    """
+
+    __slots__ = ("_owner", "_prefixes", "frame", "iov", "max_frame", "memory")
+
+    def __init__(self, memory: SkbMemory, max_frame: int, prefix: bytearray | None) -> None:
+        self.memory = memory
+        self.max_frame = max_frame
+        self.frame = RxFrame(self)
+        self.iov: list[bytearray | memoryview] = [] if prefix is None else [prefix]
+        self._prefixes = len(self.iov)
+        self._owner = memory.pages.owner_id("rx ring")
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether memory for a whole frame is posted, after trying to post what is missing."""
+
+    @abstractmethod
+    def views(self, offset: int, length: int) -> list[memoryview]:
+        """Views on the frame's bytes in the ring."""
+
+    @abstractmethod
+    def keep(self, offset: int, length: int, gfp: int) -> Skb | None:
+        """See `RxFrame.keep`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give all posted memory back."""
+
+    def fill(self, data: Buffer) -> None:
+        """Write the frame `data` into the posted memory, as a device with DMA would. It must not be longer than `max_frame`."""
+        left = memoryview(data)
+        for buffer in self.iov[self._prefixes :]:
+            size = min(len(buffer), len(left))
+            buffer[:size] = left[:size]
+            left = left[size:]
+            if not left:
+                break
+        self.frame.len = len(data)
+
+
+class PagedRing(RxRing):
+    """Packet split: a header buffer that stays, and pages that leave with large frames. Raises OSError ENOMEM when made without memory."""
+
+    __slots__ = ("_header", "_pfns", "_size")
+
+    def __init__(self, memory: SkbMemory, max_frame: int, prefix: bytearray | None = None) -> None:
+        super().__init__(memory, max_frame, prefix)
+        self._size = min(HEADER_BUFFER, max_frame)
+        self._header = memory.pool.alloc(self._size, ATOMIC, memory.cpu)
+        if self._header == NULL:
+            raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no memory for the header buffer of a receive ring")
+        pages = (max_frame - self._size + PAGE_MASK) >> PAGE_SHIFT
+        self._pfns = memory.pages.alloc_bulk(pages, ATOMIC, self._owner) if pages else []
+        if pages and not self._pfns:
+            memory.pool.free(self._header, self._size, memory.cpu)
+            raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no {pages} pages for a receive ring")
+        self.frame.head = memory.arena.view(self._header, self._size)
+        self.iov.append(self.frame.head)
+        self.iov += [memory.arena.page(pfn) for pfn in self._pfns]
+
+    def ready(self) -> bool:
+        """Always: pages leave only after others took their place."""
+        return True
+
+    def views(self, offset: int, length: int) -> list[memoryview]:
+        """Views on the frame's bytes in the ring."""
+        split = self._size - offset
+        if length <= split:
+            return [self.frame.head[offset : offset + length]]
+        out = []
+        if split > 0:
+            out.append(self.frame.head[offset:])
+            length -= split
+            offset = self._size
+        mem = self.memory.mem
+        out += [mem[addr : addr + run] for addr, run in page_runs(self._pfns, offset - self._size, length)]
+        return out
+
+    def keep(self, offset: int, length: int, gfp: int) -> Skb | None:
+        """Copy what lies in the header buffer; take the pages of the rest along and post others."""
+        memory = self.memory
+        split = self._size - offset
+        if length <= split:
+            skb = memory.alloc(length, gfp)
+            if skb is not None:
+                skb.put(self.frame.head[offset : offset + length])
+            return skb
+        end = offset + length - self._size
+        first = max(-split, 0) >> PAGE_SHIFT
+        last = (end + PAGE_MASK) >> PAGE_SHIFT
+        pages = memory.pages
+        fresh = pages.alloc_bulk(last - first, gfp, self._owner)
+        if not fresh:
+            return None
+        pfmemalloc = pages.pfmemalloc
+        skb = memory.alloc(max(split, 0), gfp)
+        if skb is None:
+            pages.free_bulk(fresh)
+            return None
+        if split > 0:
+            skb.put(self.frame.head[offset:])
+        taken = self._pfns[first:last]
+        self._pfns[first:last] = fresh
+        page = memory.arena.page
+        base = self._prefixes + 1
+        self.iov[base + first : base + last] = [page(pfn) for pfn in fresh]
+        pages.transfer(taken, memory.frag_owner)
+        skb.attach_pages(taken, end - (first << PAGE_SHIFT))
+        if split < 0:
+            skb.pull(-split - (first << PAGE_SHIFT))
+        skb.pfmemalloc |= pfmemalloc
+        return skb
+
+    def close(self) -> None:
+        """Give all posted memory back."""
+        memory = self.memory
+        memory.pool.free(self._header, self._size, memory.cpu)
+        if self._pfns:
+            memory.pages.free_bulk(self._pfns)
+        self.iov.clear()
+
+
+class LinearRing(RxRing):
+    """Whole-frame buffers, posted in advance. `emergency` is set by the stack while a memalloc socket exists."""
+
+    __slots__ = ("_posted", "emergency")
+
+    def __init__(self, memory: SkbMemory, max_frame: int, prefix: bytearray | None = None) -> None:
+        super().__init__(memory, max_frame, prefix)
+        self.emergency = False
+        self._posted: deque[tuple[int, bool]] = deque()
+        self.iov.append(self.frame.head)
+        if not self.ready():
+            raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no memory for a receive ring of {max_frame}-byte buffers")
+
+    def ready(self) -> bool:
+        """Post what is missing; whether at least one buffer is posted."""
+        posted = self._posted
+        pool = self.memory.pool
+        while len(posted) < LINEAR_RING_FRAMES:
+            addr = pool.alloc(self.max_frame, MEMALLOC if self.emergency else ATOMIC, self.memory.cpu)
+            if addr == NULL:
+                break
+            posted.append((addr, pool.pfmemalloc))
+            if len(posted) == 1:
+                self._aim()
+        return bool(posted)
+
+    def _aim(self) -> None:
+        addr, self.frame.pfmemalloc = self._posted[0]
+        self.frame.head = self.iov[-1] = self.memory.arena.view(addr, self.max_frame)
+
+    def views(self, offset: int, length: int) -> list[memoryview]:
+        """Views on the frame's bytes in the ring."""
+        return [self.frame.head[offset : offset + length]]
+
+    def keep(self, offset: int, length: int, gfp: int) -> Skb | None:
+        """Wrap the frame's buffer, which was paid for when it was posted; only the head is new."""
+        addr, pfmemalloc = self._posted[0]
+        skb = self.memory.adopt(addr, self.max_frame, pfmemalloc, gfp)
+        if skb is None:
+            return None
+        skb.data = addr + offset
+        skb.tail = skb.data + length
+        skb.len = length
+        self._posted.popleft()
+        if self.ready():
+            self._aim()
+        return skb
+
+    def close(self) -> None:
+        """Give all posted memory back."""
+        for addr, _ in self._posted:
+            self.memory.pool.free(addr, self.max_frame, self.memory.cpu)
+        self._posted.clear()
+        self.iov.clear()
