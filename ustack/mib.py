@@ -22,6 +22,7 @@ class Mib:
         "TcpExtDelayedACKs",
         "TcpExtListenDrops",
         "TcpExtListenOverflows",
+        "TcpExtPFMemallocDrop",
         "TcpExtTCPAbortOnMemory",
         "TcpExtTCPAbortOnTimeout",
         "TcpExtTCPAutoCorking",
@@ -32,12 +33,11 @@ class Mib:
         "TcpExtTCPMemoryPressures",
         "TcpExtTCPOFOQueue",
         "TcpExtTCPRcvPruned",
-        "TcpExtTCPSackRecovery",
         "TcpExtTCPRenoRecovery",
+        "TcpExtTCPSackRecovery",
         "TcpExtTCPTimeouts",
         "TcpExtTCPWinProbe",
         "TcpExtTW",
-        "TcpExtPFMemallocDrop",
         "TcpInErrs",
         "TcpInSegs",
         "TcpOutRsts",
@@ -52,9 +52,49 @@ class Mib:
     )
 
     def __init__(self) -> None:
-        for name in self.__slots__:
-            setattr(self, name, 0)
+        self.IcmpInEchos = 0
+        self.IcmpInErrors = 0
+        self.IcmpInMsgs = 0
+        self.IcmpOutDestUnreachs = 0
+        self.IcmpOutEchoReps = 0
+        self.IcmpOutMsgs = 0
+        self.IpInDelivers = 0
+        self.IpInReceives = 0
+        self.IpOutRequests = 0
+        self.TcpActiveOpens = 0
+        self.TcpAttemptFails = 0
+        self.TcpEstabResets = 0
+        self.TcpExtDelayedACKs = 0
+        self.TcpExtListenDrops = 0
+        self.TcpExtListenOverflows = 0
+        self.TcpExtPFMemallocDrop = 0
+        self.TcpExtTCPAbortOnMemory = 0
+        self.TcpExtTCPAbortOnTimeout = 0
+        self.TcpExtTCPAutoCorking = 0
+        self.TcpExtTCPChallengeACK = 0
+        self.TcpExtTCPFastRetrans = 0
+        self.TcpExtTCPHPHits = 0
+        self.TcpExtTCPKeepAlive = 0
+        self.TcpExtTCPMemoryPressures = 0
+        self.TcpExtTCPOFOQueue = 0
+        self.TcpExtTCPRcvPruned = 0
+        self.TcpExtTCPRenoRecovery = 0
+        self.TcpExtTCPSackRecovery = 0
+        self.TcpExtTCPTimeouts = 0
+        self.TcpExtTCPWinProbe = 0
+        self.TcpExtTW = 0
+        self.TcpInErrs = 0
+        self.TcpInSegs = 0
+        self.TcpOutRsts = 0
+        self.TcpOutSegs = 0
+        self.TcpPassiveOpens = 0
+        self.TcpRetransSegs = 0
+        self.UdpInDatagrams = 0
+        self.UdpInErrors = 0
+        self.UdpNoPorts = 0
+        self.UdpOutDatagrams = 0
+        self.UdpRcvbufErrors = 0
 
     def as_dict(self) -> dict[str, int]:
         """All counters by name."""
-        return {name: getattr(self, name) for name in sorted(self.__slots__)}
+        return {name: getattr(self, name) for name in self.__slots__}
