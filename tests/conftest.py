@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests import leaks, needs
+from tests.netns import Namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -27,3 +29,17 @@ def nothing_left_behind() -> Iterator[None]:
     leaks.forget()
     yield
     leaks.check()
+
+
+@pytest.fixture
+def make_netns() -> Iterator[Callable[[str], Namespace]]:
+    """Make a network namespace with that label, as many as the test needs; all end with the test."""
+    needs.require_root()
+    with ExitStack() as namespaces:
+        yield lambda label: namespaces.enter_context(Namespace(label))
+
+
+@pytest.fixture
+def netns(make_netns: Callable[[str], Namespace]) -> Namespace:
+    """The kernel's side of a test: a network namespace of its own (see `tests.netns`)."""
+    return make_netns("kernel")
