@@ -1,0 +1,63 @@
+"""The limits and times that people argue about, each with its unit, its default and where the default comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class TcpConfig:
+    """One stack's TCP settings. Names are those of Linux sysctls (net.ipv4.tcp_*) where there is one."""
+
+    rmem_min: int = 4096
+    """Bytes of truesize that a socket may always receive (tcp_rmem[0])."""
+    rmem_default: int = 131072
+    """Initial receive limit in bytes of truesize (tcp_rmem[1])."""
+    rmem_max: int = 6 << 20
+    """Receive limit in bytes up to which autotuning goes (tcp_rmem[2])."""
+    wmem_default: int = 65536
+    """Initial send limit in bytes of truesize; Linux starts with 16384 and grows at once to what the initial window needs."""
+    wmem_max: int = 4 << 20
+    """Send limit in bytes up to which autotuning goes (tcp_wmem[2])."""
+    syn_retries: int = 6
+    """Retransmissions of a SYN before connecting fails with ETIMEDOUT: about 127 s (tcp_syn_retries)."""
+    synack_retries: int = 5
+    """Retransmissions of a SYN-ACK before a half-open connection is forgotten: about 63 s (tcp_synack_retries)."""
+    retries2: int = 15
+    """Consecutive timeouts before an established connection fails with ETIMEDOUT (tcp_retries2; R2 of RFC 9293, section 3.8.3)."""
+    orphan_retries: int = 8
+    """The same for a connection that its user has closed (tcp_orphan_retries)."""
+    fin_timeout: float = 60.0
+    """Seconds that a closed connection waits in FIN-WAIT-2 for the peer's FIN (tcp_fin_timeout)."""
+    time_wait: float = 60.0
+    """Seconds of TIME-WAIT: 2 MSL with an MSL of 30 s, as Linux; RFC 9293 suggests an MSL of 2 minutes."""
+    max_tw_buckets: int = 16384
+    """Connections in TIME-WAIT; the oldest goes when there are more (tcp_max_tw_buckets)."""
+    keepalive_time: float = 7200.0
+    """Idle seconds before the first keepalive probe (tcp_keepalive_time; RFC 9293, section 3.8.4)."""
+    keepalive_intvl: float = 75.0
+    """Seconds between keepalive probes (tcp_keepalive_intvl)."""
+    keepalive_probes: int = 9
+    """Unanswered probes before the connection fails with ETIMEDOUT (tcp_keepalive_probes)."""
+    max_syn_backlog: int = 1024
+    """Half-open connections of one listener (tcp_max_syn_backlog)."""
+    delack: float = 0.04
+    """Seconds that an acknowledgment may wait for data to ride on (TCP_DELACK_MIN; RFC 9293 allows 0.5)."""
+    initial_rto: float = 1.0
+    """Seconds (RFC 6298, section 2.1)."""
+    rto_min: float = 0.2
+    """Seconds. RFC 6298 says 1; 0.2 is what Linux and the others use."""
+    rto_max: float = 120.0
+    """Seconds (RFC 6298 allows any maximum of at least 60)."""
+    initial_window: int = 10
+    """Segments of the initial congestion window (RFC 6928)."""
+    challenge_ack_limit: int = 1000
+    """Challenge ACKs per second for the whole stack (tcp_challenge_ack_limit; RFC 5961, section 7)."""
+    timestamps: bool = True
+    """Offer and accept RFC 7323 timestamps (tcp_timestamps)."""
+    sack: bool = True
+    """Offer and accept selective acknowledgments (tcp_sack; RFC 2018)."""
+    window_scaling: bool = True
+    """Offer and accept window scaling (tcp_window_scaling; RFC 7323)."""
+    offload: bool = True
+    """Send super-frames where the device can cut them."""
