@@ -1,0 +1,112 @@
+"""The bytes that the user has sent and the peer has not acknowledged, in skbs.
+
+The queue knows nothing of segments: a segment is cut when it is sent, out of whatever skbs its bytes lie in, and cut anew when it is
+sent again. An skb goes when its last byte is acknowledged.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final
+
+from pools.arena import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from ustack.skb import Account, Skb, SkbMemory
+
+LINEAR_MAX: Final = 4096 - 512
+"""Bytes up to which a write gets a linear buffer; larger ones get pages."""
+
+LINEAR_MIN: Final = 448
+"""Room that a small write's buffer has at least, so that a run of small writes shares one."""
+
+PAGES_MAX: Final = 16
+"""Pages of one skb: 64 KiB, what one super-frame carries."""
+
+_seq = attrgetter("seq")
+
+
+class SendQueue:
+    """Bytes `start .. end` of the stream by sequence number, charged to `account`."""
+
+    __slots__ = ("_hint", "_skbs", "account", "end", "memory", "start")
+
+    def __init__(self, memory: SkbMemory, account: Account, start: int) -> None:
+        self.memory = memory
+        self.account = account
+        self.start = start
+        self.end = start
+        self._skbs: list[Skb] = []
+        self._hint = 0  # index of the skb that the last view came from: the next one most likely does, too
+
+    def append(self, data: memoryview, limit: int, gfp: int) -> int:
+        """Copy bytes of `data` to the end until the account holds `limit` bytes or memory ends; return how many."""
+        account = self.account
+        memory = self.memory
+        total = len(data)
+        done = 0
+        tail = self._skbs[-1] if self._skbs else None
+        while True:
+            if tail is not None:
+                copied = tail.append(data[done:] if done else data)
+                done += copied
+                tail.end_seq += copied
+                if done == total:
+                    break
+            if account.bytes >= limit:
+                break
+            left = total - done
+            if left <= LINEAR_MAX:
+                tail = memory.alloc(max(left, LINEAR_MIN), gfp)
+            else:
+                tail = memory.alloc_paged(min((left + PAGE_SIZE - 1) // PAGE_SIZE, PAGES_MAX), gfp)
+            if tail is None:
+                break
+            tail.seq = tail.end_seq = self.end + done
+            tail.charge_to(account)
+            self._skbs.append(tail)
+        self.end += done
+        return done
+
+    def views(self, seq: int, length: int) -> list[memoryview]:
+        """The bytes `seq .. seq+length` as views on pool memory."""
+        skbs = self._skbs
+        index = self._hint
+        if index >= len(skbs) or not skbs[index].seq <= seq < skbs[index].end_seq:
+            index = bisect_right(skbs, seq, key=_seq) - 1
+        skb = skbs[index]
+        if seq + length <= skb.end_seq:
+            self._hint = index
+            return skb.views(seq - skb.seq, length)
+        out: list[memoryview] = []
+        while length:
+            skb = skbs[index]
+            size = min(skb.end_seq - seq, length)
+            out += skb.views(seq - skb.seq, size)
+            seq += size
+            length -= size
+            index += 1
+        self._hint = index - 1
+        return out
+
+    def release(self, una: int) -> None:
+        """Everything before `una` is acknowledged: free the skbs that lie before it."""
+        self.start = max(self.start, min(una, self.end))
+        skbs = self._skbs
+        done = 0
+        for skb in skbs:
+            if skb.end_seq > una:
+                break
+            skb.free()
+            done += 1
+        if done:
+            del skbs[:done]
+            self._hint = max(self._hint - done, 0)
+
+    def clear(self) -> None:
+        """Free everything."""
+        for skb in self._skbs:
+            skb.free()
+        self._skbs.clear()
+        self.start = self.end
