@@ -15,8 +15,9 @@ allocation had to use the reserve (memory under the page allocator's `min` water
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
 if TYPE_CHECKING:
     from pools.buddy import PageAllocator
@@ -74,7 +75,7 @@ class Pool(ABC):
 
     @abstractmethod
     def charge(self, addr: int, size: int) -> int:
-        """Bytes that the live allocation at `addr`, asked for as `size`, really takes, rounding and headers included (truesize)."""
+        """Bytes that the live allocation at `addr`, asked for as `size`, really takes: with rounding and headers (truesize)."""
 
     @abstractmethod
     def alloc_head(self, gfp: int, cpu: int = 0, group: int = NULL) -> int:
@@ -97,17 +98,22 @@ class Pool(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Verify every invariant of the pool's own bookkeeping; raise `AssertionError` on the first that fails. For tests: slow."""
+        """Verify every invariant of the pool's bookkeeping; raise `AssertionError` on the first that fails. Slow: for tests."""
 
 
 class DoubleFree(RuntimeError):
     """Memory was freed that is not allocated: a bug in the caller. The pool is unchanged."""
 
 
+AnyPool = TypeVar("AnyPool", bound=Pool)
+
+_BUILTIN_MODULES: Final = {"kmalloc": "pools.kmalloc"}
+"""Where the pools of this package are. They are imported when they are asked for: only one is used by a stack."""
+
 _builtin: dict[str, type[Pool]] = {}
 
 
-def register(pool: type[Pool]) -> type[Pool]:
+def register(pool: type[AnyPool]) -> type[AnyPool]:
     """Class decorator for the pools of this package. Others use the entry point group `ustack.pools` instead."""
     _builtin[pool.name] = pool
     return pool
@@ -115,12 +121,16 @@ def register(pool: type[Pool]) -> type[Pool]:
 
 def names() -> list[str]:
     """The names of all pools that can be selected, sorted."""
-    return sorted({*_builtin, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+    return sorted({*_BUILTIN_MODULES, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
 def by_name(name: str) -> type[Pool]:
-    """The pool class with that name. Raises `KeyError` with the names there are if there is none."""
-    if name in _builtin:
+    """The pool class with that name; a built-in one wins over an entry point.
+
+    Raises `KeyError` with the names there are if there is none, `TypeError` if the entry point is not a pool.
+    """
+    if name in _BUILTIN_MODULES:
+        import_module(_BUILTIN_MODULES[name])
         return _builtin[name]
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name == name:

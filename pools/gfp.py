@@ -10,7 +10,7 @@ ATOMIC: Final = 0
 """An ordinary allocation: it fails rather than wait, and it stops at the `min` watermark."""
 
 MEMALLOC: Final = 1
-"""May use the reserve, the pages under the `min` watermark: for memalloc sockets, and for received frames not yet classified."""
+"""May use the reserve, the pages under the `min` watermark: for memalloc sockets, and for frames not yet classified."""
 
 NOMEMALLOC: Final = 2
 """Must not use the reserve, even when `MEMALLOC` is set as well (it wins over it, as `__GFP_NOMEMALLOC` does)."""

@@ -1,0 +1,164 @@
+"""The `kmalloc` pool: what the stack would have in the kernel of 2006. General SLAB caches by size, and one cache for
+packet heads.
+
+The sizes are those of include/linux/kmalloc_sizes.h for 4 KiB pages and 64-byte cache lines: powers of two from 32 bytes to
+128 KiB, and 192. A request takes the next larger object, which is the waste that the other side of the dispute complained
+of; `charge` is the size of that object. Neither `group` nor the size given on free is needed: the page map leads from an
+address to its cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from pools.arena import PAGE_SHIFT
+from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool, register
+from pools.slab import GRANULE, GRANULE_SHIFT, KmemCache, SlabMap, slabinfo
+
+if TYPE_CHECKING:
+    from pools.buddy import PageAllocator
+
+SIZES: Final = (32, 64, 128, 192, *(256 << shift for shift in range(10)))
+"""Bytes of the objects of the general caches."""
+
+LANES: Final = 4
+"""How many lanes a pool knows by default: receive, transmit, and two for workers."""
+
+
+@register
+class KmallocPool(Pool):
+    """General caches `size-32` to `size-131072` and `skbuff_head_cache` on the pages of `pages`, with arrays for `lanes` lanes.
+
+    When there are no pages, the free slabs of all caches are reaped once before the reserve is used or the allocation fails.
+    """
+
+    __slots__ = ("_by_granules", "_caches", "_heads", "_slab_of")
+
+    name = "kmalloc"
+
+    def __init__(self, pages: PageAllocator, *, lanes: int = LANES) -> None:
+        super().__init__(pages)
+        slab_map = SlabMap(pages)
+        self._slab_of = slab_map.slab
+        general: list[KmemCache] = []
+        for size in SIZES:
+            cache = KmemCache(pages, slab_map, f"size-{size}", size, lanes=lanes, general=tuple(general), shrink=self.reap)
+            if 1 << cache.order > pages.pages:
+                break
+            general.append(cache)
+        self._heads = KmemCache(
+            pages, slab_map, "skbuff_head_cache", SKB_HEAD_SIZE, lanes=lanes, general=tuple(general), shrink=self.reap
+        )
+        self._caches = (*general, self._heads)
+        self._by_granules: list[KmemCache] = [general[0]]  # by size in granules, rounded up
+        for cache in general:
+            self._by_granules.extend([cache] * ((cache.size >> GRANULE_SHIFT) + 1 - len(self._by_granules)))
+        self.max_size = general[-1].size
+        self.head_charge = self._heads.size
+
+    def alloc(self, size: int, gfp: int, cpu: int = 0, group: int = NULL) -> int:
+        """Allocate an object of the smallest cache that fits. `NULL` also for a size under 1 or over `max_size`."""
+        stats = self.stats
+        if not 0 < size <= self.max_size:
+            stats.failures += 1
+            return NULL
+        cache = self._by_granules[(size + GRANULE - 1) >> GRANULE_SHIFT]
+        addr = cache.alloc(gfp, cpu)
+        if addr < 0:
+            stats.failures += 1
+            return NULL
+        self.pfmemalloc = cache.pfmemalloc
+        stats.allocs += 1
+        stats.requested = requested = stats.requested + size
+        if requested > stats.requested_peak:
+            stats.requested_peak = requested
+        stats.charged = charged = stats.charged + cache.size
+        if charged > stats.charged_peak:
+            stats.charged_peak = charged
+        return addr
+
+    def free(self, addr: int, size: int, cpu: int = 0, group: int = NULL) -> None:
+        """Give data back to the lane `cpu`."""
+        slab = self._slab_of[addr >> PAGE_SHIFT]
+        if slab is None or slab.cache is self._heads:
+            raise DoubleFree(f"no data at {addr:#x} is allocated")
+        cache = slab.cache
+        cache.free(addr, cpu)
+        stats = self.stats
+        stats.frees += 1
+        stats.requested -= size
+        stats.charged -= cache.size
+
+    def charge(self, addr: int, size: int) -> int:
+        """The size of the object."""
+        return self._by_granules[(size + GRANULE - 1) >> GRANULE_SHIFT].size
+
+    def alloc_head(self, gfp: int, cpu: int = 0, group: int = NULL) -> int:
+        """Allocate an object of `skbuff_head_cache`."""
+        heads = self._heads
+        stats = self.stats
+        addr = heads.alloc(gfp, cpu)
+        if addr < 0:
+            stats.failures += 1
+            return NULL
+        self.pfmemalloc = heads.pfmemalloc
+        stats.allocs += 1
+        stats.requested = requested = stats.requested + SKB_HEAD_SIZE
+        if requested > stats.requested_peak:
+            stats.requested_peak = requested
+        stats.charged = charged = stats.charged + heads.size
+        if charged > stats.charged_peak:
+            stats.charged_peak = charged
+        return addr
+
+    def free_head(self, addr: int, cpu: int = 0, group: int = NULL) -> None:
+        """Give a head back to the lane `cpu`."""
+        heads = self._heads
+        slab = self._slab_of[addr >> PAGE_SHIFT]
+        if slab is None or slab.cache is not heads:
+            raise DoubleFree(f"no head at {addr:#x} is allocated")
+        heads.free(addr, cpu)
+        stats = self.stats
+        stats.frees += 1
+        stats.requested -= SKB_HEAD_SIZE
+        stats.charged -= heads.size
+
+    def reap(self) -> int:
+        """Empty the arrays of all caches and give back all free slabs."""
+        # Largest objects first: destroying their slabs frees bookkeeping that lives in the caches of small objects.
+        before = self.pages.free_pages
+        for cache in reversed(self._caches):
+            cache.reap()
+        return self.pages.free_pages - before
+
+    def reap_tick(self, now: float) -> int:
+        """Reap what the kernel's periodic reaper would at `now` (seconds), if it is due; returns the pages given back."""
+        before = self.pages.free_pages
+        for cache in self._caches:
+            cache.reap_tick(now)
+        return self.pages.free_pages - before
+
+    def held_pages(self) -> int:
+        """Pages of all slabs."""
+        return sum(cache.held_pages() for cache in self._caches)
+
+    def caches(self) -> tuple[KmemCache, ...]:
+        """All caches: the general ones by ascending size, then the one of the heads."""
+        return self._caches
+
+    def slabinfo(self) -> str:
+        """The state of all caches in the format of /proc/slabinfo."""
+        return slabinfo(self._caches)
+
+    def check(self) -> None:
+        """Verify every cache, and that what callers have adds up to `stats.charged`."""
+        management = [0] * len(self._caches)
+        for cache in self._caches:
+            cache.check()
+            if cache.management_cache is not None:
+                management[self._caches.index(cache.management_cache)] += cache.slabs
+        charged = sum(
+            (cache.live_objects() - off_slab) * cache.size for cache, off_slab in zip(self._caches, management, strict=True)
+        )
+        assert charged == self.stats.charged, f"{self.stats.charged} bytes charged, {charged} live"
+        assert 0 <= self.stats.requested <= self.stats.charged
