@@ -141,7 +141,7 @@ class Namespace:
     # Links, addresses, settings.
 
     def netlink(self, function: Callable[[IPRoute], T]) -> T:
-        """Call `function` inside with a fresh `IPRoute`. Works under a running event loop too, which pyroute2 alone does not."""
+        """Call `function` inside with a fresh `IPRoute`. Works under a running event loop, which pyroute2 alone does not."""
 
         def call() -> T:
             with IPRoute() as ip:
