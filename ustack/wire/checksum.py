@@ -1,8 +1,8 @@
 """The Internet checksum (RFC 1071): ones-complement sums over buffers and over pieces of buffers.
 
 A sum is an ordinary int of any size, because 2**16 = 1 (mod 0xffff): sums are added with `+`, and a sum that starts at an odd
-byte is multiplied by 256. Ones-complement arithmetic has two zeros. Only a sum of nothing but zero bytes is 0; any other multiple
-of 0xffff is 0xffff. `fold` keeps that apart, and with it everything here.
+byte is multiplied by 256. Ones-complement arithmetic has two zeros: only a sum of nothing but zero bytes is 0, other multiples
+of 0xffff are 0xffff. `fold` keeps that apart, and with it everything here.
 """
 
 from __future__ import annotations

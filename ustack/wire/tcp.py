@@ -6,7 +6,7 @@ What is on the wire and nothing more: whether an option may appear in a segment 
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +70,7 @@ _U16: Final = Struct("!H")
 
 
 class TcpOptions:
-    """The options of one segment. A number that is absent is -1; `sack` holds blocks `(left, right)` as the segment orders them."""
+    """The options of one segment. A number that is absent is -1; `sack` holds blocks `(left, right)` in their order there."""
 
     __slots__ = ("mss", "sack", "sack_permitted", "ts_ecr", "ts_val", "wscale")
 
@@ -154,25 +154,22 @@ def build_options(ts_val: int = -1, ts_ecr: int = 0, sack: Sequence[tuple[int, i
     return options
 
 
-class TcpHeader:
+class TcpHeader(NamedTuple):
     """A TCP header as fields, for tools and tests: the input path reads `HEADER` where the segment lies.
 
-    `length` is the header's own length in bytes, options included; `options` the parsed options.
+    `length` is the header's own length in bytes, options included.
     """
 
-    __slots__ = ("ack", "checksum", "dport", "flags", "length", "options", "seq", "sport", "urgent", "window")
-
-    def __init__(self, sport: int, dport: int, seq: int, ack: int, flags: int, window: int) -> None:
-        self.sport = sport
-        self.dport = dport
-        self.seq = seq
-        self.ack = ack
-        self.flags = flags
-        self.window = window
-        self.checksum = 0
-        self.urgent = 0
-        self.length = HEADER_LEN
-        self.options = TcpOptions()
+    sport: int
+    dport: int
+    seq: int
+    ack: int
+    flags: int
+    window: int
+    checksum: int
+    urgent: int
+    length: int
+    options: TcpOptions
 
 
 def parse_header(buffer: Buffer, start: int, end: int) -> TcpHeader | None:
@@ -183,12 +180,8 @@ def parse_header(buffer: Buffer, start: int, end: int) -> TcpHeader | None:
     length = off_flags >> 12 << 2
     if not HEADER_LEN <= length <= end - start:
         return None
-    header = TcpHeader(sport, dport, seq, ack, off_flags & FLAGS_MASK, window)
-    header.checksum = checksum
-    header.urgent = urgent
-    header.length = length
-    header.options = parse_options(buffer, start + HEADER_LEN, start + length)
-    return header
+    options = parse_options(buffer, start + HEADER_LEN, start + length)
+    return TcpHeader(sport, dport, seq, ack, off_flags & FLAGS_MASK, window, checksum, urgent, length, options)
 
 
 def build_header(
