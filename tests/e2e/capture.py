@@ -92,10 +92,10 @@ def is_checksum_partial(frame: bytes | bytearray) -> bool:
     offset = {socket.IPPROTO_TCP: 16, socket.IPPROTO_UDP: 6}.get(proto)
     if offset is None:
         return False
-    total = sum(struct.unpack(f"!{len(addresses) // 2}H", addresses)) + proto + len(segment)
+    total: int = sum(struct.unpack(f"!{len(addresses) // 2}H", addresses)) + proto + len(segment)
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    return segment[offset : offset + 2] == total.to_bytes(2)
+    return bytes(segment[offset : offset + 2]) == total.to_bytes(2)
 
 
 @asynccontextmanager

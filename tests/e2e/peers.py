@@ -53,7 +53,10 @@ async def ping(
 
 
 class Transfer(NamedTuple):
-    """What iperf3's client counted, in bytes and seconds. `retransmits` is 0 where the kernel was not the sender."""
+    """What iperf3 counted, in bytes and seconds; bytes still on their way at the end are sent and not received.
+
+    `retransmits` is 0 where the kernel was not the sender.
+    """
 
     sent: int
     received: int
@@ -79,9 +82,9 @@ async def iperf3_server(namespace: Namespace, address: str, port: int = 5201) ->
 
 
 async def iperf3(
-    namespace: Namespace, address: str, *args: str, seconds: int = 2, size: int = 0, port: int = 5201, timeout: float = 60
+    namespace: Namespace, address: str, *args: str, seconds: int = 2, size: int = 0, port: int = 5201, limit: float = 60
 ) -> Transfer:
-    """Run iperf3's client until `size` bytes are sent or, without, for `seconds`. `args` as for the program (-R, -u -b 0, -P 4).
+    """Run iperf3's client until `size` bytes are sent or, without, for `seconds`; kill it after `limit` seconds.
 
     Fails with iperf3's error if it has one.
     """
@@ -90,7 +93,7 @@ async def iperf3(
         *(("-n", str(size)) if size else ("-t", str(seconds))),
         *args,
         check=False,
-        timeout=timeout,
+        timeout=limit,
     )
     report = json.loads(done.stdout)
     assert "error" not in report, report["error"]
