@@ -4,6 +4,8 @@
 VENV ?= .venv
 # Workers of the test run; 0 runs everything in one process.
 JOBS ?= auto
+# Seeds for each test of the simulator in `make soak`.
+SEEDS ?= 10000
 # More arguments for pytest, e.g. make test ARGS='-k handshake -x'
 ARGS ?=
 
@@ -14,7 +16,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
 
 setup: ## virtual environment in .venv with ustack and the tools for tests and lint
 	@tools/make-venv $(VENV) test,lint
@@ -35,6 +37,17 @@ lint: setup ## style, types, arrows between layers
 format: setup ## put the code into the form that lint asks for
 	@$(VENV)/bin/ruff check --quiet --fix-only $(PYTHONS)
 	@$(VENV)/bin/ruff format $(PYTHONS)
+
+bench: setup ## benchmarks, one at a time; figures of a machine with neighbours move: quote ratios and medians
+	@$(VENV)/bin/python -m pytest -n 0 --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,min,rounds $(ARGS)
+
+soak: setup ## the simulator with SEEDS seeds for each of its tests (10,000 unless told otherwise)
+	@$(VENV)/bin/python -m pytest -n $(JOBS) -m sim --seeds $(SEEDS) $(ARGS)
+
+docs: setup ## the documentation as HTML in build/docs
+	@tools/make-venv $(VENV) docs
+	@$(VENV)/bin/sphinx-build -q -W -b html docs build/docs
+	@echo "docs: build/docs/index.html"
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -14,6 +14,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options for tests that take a `seed`."""
+    group = parser.getgroup("simulator")
+    group.addoption("--seeds", type=int, default=20, metavar="N", help="run each test that takes a seed with the seeds 0..N-1")
+    group.addoption("--seed", type=int, metavar="SEED", help="run each test that takes a seed with this one only")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes a `seed` runs once for every seed; its id names the seed, so that a failure can be repeated."""
+    if "seed" in metafunc.fixturenames:
+        only = metafunc.config.getoption("--seed")
+        seeds = range(metafunc.config.getoption("--seeds")) if only is None else [only]
+        metafunc.parametrize("seed", seeds, ids=lambda seed: f"seed={seed}")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Hold a test marked `root` or `e2e` back where it cannot run."""
     if item.get_closest_marker("e2e"):

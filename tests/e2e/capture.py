@@ -61,7 +61,7 @@ class Capture:
         """
         wrong = " or ".join(f'{protocol}.checksum.status == "Bad"' for protocol in CHECKSUMS)
         fields = ("frame.number", "_ws.malformed", "tcp.checksum.status", "udp.checksum.status", "_ws.expert.message")
-        shark = subprocess.run(  # noqa: PLW1510 (an error is reported with what tshark said)
+        shark = subprocess.run(
             [
                 *(require_tool("tshark"), "-n", "-r", str(self.path), *TSHARK, "-Y", f"_ws.malformed or {wrong}"),
                 *("-T", "fields", "-E", "separator=|", *(word for field in fields for word in ("-e", field))),
