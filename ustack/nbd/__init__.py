@@ -1,0 +1,15 @@
+"""Network block devices: protocol without I/O, asyncio client, small server, copy.
+
+`connect` is the way in. Source of everything here: the NBD specification,
+https://github.com/NetworkBlockDevice/nbd/tree/master/doc
+"""
+
+from __future__ import annotations
+
+from ustack.nbd.client import NbdClient
+from ustack.nbd.connector import ExportEntry, connect, list_exports
+from ustack.nbd.errors import NbdOptionError, NbdProtocolError
+from ustack.nbd.export_info import ExportInfo
+from ustack.nbd.uri import NbdUri
+
+__all__ = ["ExportEntry", "ExportInfo", "NbdClient", "NbdOptionError", "NbdProtocolError", "NbdUri", "connect", "list_exports"]

@@ -1,0 +1,73 @@
+"""From an NBD URI to a connected client."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ustack.nbd.client import CONNECT_TIMEOUT, Connector, CreateConnection, NbdClient
+from ustack.nbd.handshake import ExportDescribed, ExportListed, Purpose
+from ustack.nbd.uri import NbdUri
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from ustack.nbd.export_info import ExportInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ExportEntry:
+    """One line of a server's list: the export, the text beside it, and its details if the server gives them (NBD_OPT_INFO)."""
+
+    name: str
+    description: str
+    info: ExportInfo | None
+
+
+def connector_for(uri: NbdUri, create_connection: CreateConnection | None = None) -> Connector:
+    """How to reach the server of `uri`: `create_connection` (default: the running loop's) for TCP, the kernel for unix sockets.
+
+    Raises OSError (EOPNOTSUPP) for URIs that demand TLS, which is never silently left out.
+    """
+    if uri.tls:
+        raise OSError(errno.EOPNOTSUPP, f"{uri}: {uri.scheme} demands TLS, which this client does not speak yet")
+    loop = asyncio.get_running_loop()
+    if uri.socket is not None:
+        path = uri.socket
+        return lambda factory: loop.create_unix_connection(factory, path)
+    if create_connection is not None:
+        create = create_connection
+        return lambda factory: create(factory, uri.host, uri.port)
+    return lambda factory: loop.create_connection(factory, uri.host, uri.port)
+
+
+@asynccontextmanager
+async def connect(
+    uri: str | NbdUri, *, create_connection: CreateConnection | None = None, **options: Any
+) -> AsyncIterator[NbdClient]:
+    """The export at `uri` as a disk, for `async with`. `options` are those of `NbdClient.open`, and so are the errors; a
+    malformed URI is a ValueError."""
+    parsed = NbdUri.parse(uri) if isinstance(uri, str) else uri
+    async with await NbdClient.open(connector_for(parsed, create_connection), parsed.export, **options) as disk:
+        yield disk
+
+
+async def list_exports(
+    uri: str | NbdUri, *, create_connection: CreateConnection | None = None, connect_timeout: float | None = CONNECT_TIMEOUT
+) -> list[ExportEntry]:
+    """What the server at `uri` exports (NBD_OPT_LIST, then NBD_OPT_INFO for each). Raises like `connect`."""
+    parsed = NbdUri.parse(uri) if isinstance(uri, str) else uri
+    client = await NbdClient.open(
+        connector_for(parsed, create_connection), purpose=Purpose.LIST, connect_timeout=connect_timeout
+    )
+    await client.close()
+    entries: dict[str, ExportEntry] = {}
+    for event in client.negotiation:
+        if isinstance(event, ExportListed):
+            entries[event.name] = ExportEntry(event.name, event.description, None)
+        elif isinstance(event, ExportDescribed):
+            entries[event.info.name] = replace(entries[event.info.name], info=event.info)
+    return list(entries.values())

@@ -1,0 +1,356 @@
+"""The client's side of the transmission phase, without I/O.
+
+`submit` gives the bytes of a request to send. Replies come back through `get_buffer` and `buffer_updated`, the pair that
+asyncio.BufferedProtocol wants: small replies are parsed out of one receive buffer, many to a read; the bulk of a large one is
+read straight into the memory that the caller gave, so that nobody copies it. Simple and structured replies arrive in any order,
+chunks of different replies interleaved. Source: doc/proto.md, "Transmission" and "Structured reply types".
+
+Trust ends here. A reply that no request asked for, data that overlaps, leaves gaps or lies outside of the request, and
+everything else that the specification calls a violation raises NbdProtocolError, after which the connection must be dropped.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_left
+from typing import Final, Generic, TypeVar
+
+from ustack.nbd.constants import (
+    COMMAND_NAMES,
+    MAX_STRING,
+    NBD_CMD_DISC,
+    NBD_CMD_FLAG_DF,
+    NBD_CMD_READ,
+    NBD_EINVAL,
+    NBD_REPLY_FLAG_DONE,
+    NBD_REPLY_TYPE_ERROR,
+    NBD_REPLY_TYPE_ERROR_OFFSET,
+    NBD_REPLY_TYPE_FLAG_ERROR,
+    NBD_REPLY_TYPE_NONE,
+    NBD_REPLY_TYPE_OFFSET_DATA,
+    NBD_REPLY_TYPE_OFFSET_HOLE,
+    NBD_REQUEST_MAGIC,
+    NBD_SIMPLE_REPLY_MAGIC,
+    NBD_STRUCTURED_REPLY_MAGIC,
+)
+from ustack.nbd.errors import NbdProtocolError, decode_message
+
+RECEIVE_BUFFER: Final = 64 << 10
+"""Bytes read at once when replies are small. Fifteen 4 KiB replies fit."""
+DIRECT_MIN: Final = 32 << 10
+"""Bytes of one payload still to come from which on it is read straight into its destination. Below, a copy is cheaper than the
+additional system call that reading exactly to the end of the payload costs."""
+MAX_ERROR_CHUNK: Final = 64 << 10
+"""Bytes of payload of an error chunk of a type that we do not know. Known ones are shorter: a message has at most 4096."""
+MAX_EXTENTS: Final = 65536
+"""Disjoint pieces of one read that we keep track of: a 32 MiB read in sectors of 512 bytes, every second one missing."""
+
+_REQUEST: Final = struct.Struct(">IHHQQI")
+_SIMPLE: Final = struct.Struct(">IIQ")
+_CHUNK: Final = struct.Struct(">IHHQI")
+_HOLE: Final = struct.Struct(">QI")
+_ERROR: Final = struct.Struct(">IH")
+_OFFSET: Final = struct.Struct(">Q")
+_SIMPLE_SIZE: Final = _SIMPLE.size
+_CHUNK_SIZE: Final = _CHUNK.size
+_ZEROES: Final = bytes(64 << 10)
+
+
+class Request:
+    """A command in flight and, when it is complete, its outcome.
+
+    `offset` and `length` are bytes on the export. `view` is the destination of a read; None makes the parser throw its data
+    away. After completion `error` is 0 or the NBD error value that the server sent, `message` its text. Data is valid only
+    without error.
+    """
+
+    __slots__ = ("command", "cookie", "error", "extents", "filled", "flags", "length", "message", "offset", "view")
+
+    def __init__(self, command: int, flags: int, offset: int, length: int, view: memoryview | None = None) -> None:
+        self.command = command
+        self.flags = flags
+        self.offset = offset
+        self.length = length
+        self.view = view
+        self.cookie = 0
+        self.error = 0
+        self.message = ""
+        self.filled = 0
+        # Sorted (start, end) of what has arrived, merged where it arrives in order; None as long as nothing has.
+        self.extents: list[tuple[int, int]] | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"{COMMAND_NAMES.get(self.command, self.command)}(offset={self.offset}, length={self.length}, cookie={self.cookie})"
+        )
+
+
+R = TypeVar("R", bound=Request)
+
+
+class ClientTransmission(Generic[R]):
+    """Requests out, replies in, for one connection. Requests may be of a subclass of `Request` that carries the caller's own
+    things.
+
+    `in_flight` maps cookies to requests, oldest first. Cookies are never used twice on a connection, so a late or doubled reply
+    is always recognised. `completed` has the requests that are answered, in the order of their last reply; the caller takes
+    them out.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_chunk_done",
+        "_current",
+        "_direct",
+        "_end",
+        "_next_cookie",
+        "_remaining",
+        "_structured",
+        "_target",
+        "_view",
+        "completed",
+        "in_flight",
+    )
+
+    def __init__(self, structured_replies: bool) -> None:
+        self._structured = structured_replies
+        self._next_cookie = 1
+        self.in_flight: dict[int, R] = {}
+        self.completed: list[R] = []
+        self._buffer = bytearray(RECEIVE_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._end = 0  # bytes of an unfinished header or error chunk at the start of the buffer
+        # The payload that is arriving: whose it is, where it goes (None: nowhere), and how much is still to come.
+        # While there is one, the receive buffer is empty.
+        self._current: R | None = None
+        self._target: memoryview | None = None
+        self._remaining = 0
+        self._chunk_done = False
+        self._direct = False
+
+    def submit(self, request: R) -> bytes:
+        """Give the request a cookie, remember it, and return its header. The data of a write must follow right behind."""
+        cookie = self._next_cookie
+        self._next_cookie = cookie + 1
+        request.cookie = cookie
+        self.in_flight[cookie] = request
+        return _REQUEST.pack(NBD_REQUEST_MAGIC, request.flags, request.command, cookie, request.offset, request.length)
+
+    def disconnect(self) -> bytes:
+        """NBD_CMD_DISC. Nothing may be sent after it and no reply comes."""
+        return _REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
+
+    def abandon(self, request: R) -> None:
+        """The caller does not want the data any more: its memory is not touched again. The request stays in flight."""
+        request.view = None
+        if self._current is request:
+            self._target = None
+
+    # -- replies -------------------------------------------------------------------------------------------------------------
+
+    def get_buffer(self, sizehint: int = -1) -> memoryview:
+        """Where the next bytes from the server go. Follow with `buffer_updated` before anything else."""
+        target = self._target
+        if target is not None and self._remaining >= DIRECT_MIN:
+            self._direct = True
+            return target
+        self._direct = False
+        return self._view[self._end :] if self._end else self._view
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """`nbytes` bytes have arrived in the last buffer. Requests that they complete are appended to `completed`, also when an
+        NbdProtocolError ends the parsing behind them."""
+        if self._direct:
+            self._direct = False
+            self._remaining -= nbytes
+            if self._target is not None:
+                self._target = self._target[nbytes:]
+            if not self._remaining:
+                self._end_of_payload()
+            return
+        buffer = self._buffer
+        end = self._end + nbytes
+        pos = 0
+        if self._remaining:
+            pos = self._payload(0, end)
+        while end - pos >= _SIMPLE_SIZE:
+            if end - pos >= _CHUNK_SIZE:
+                magic, flags, kind, cookie, length = _CHUNK.unpack_from(buffer, pos)
+                if magic == NBD_STRUCTURED_REPLY_MAGIC:
+                    used = self._on_chunk(flags, kind, cookie, length, pos + _CHUNK_SIZE, end)
+                    if used < 0:
+                        break
+                    pos = used
+                    continue
+            magic, error, cookie = _SIMPLE.unpack_from(buffer, pos)
+            if magic == NBD_SIMPLE_REPLY_MAGIC:
+                pos = self._on_simple(error, cookie, pos + _SIMPLE_SIZE, end)
+            elif magic == NBD_STRUCTURED_REPLY_MAGIC:
+                break
+            else:
+                raise NbdProtocolError(f"reply magic is {magic:#010x}")
+        # What is left is the start of a header or of a small payload. It moves to the front; a large payload never waits here.
+        left = end - pos
+        if pos and left:
+            buffer[:left] = buffer[pos:end]
+        self._end = left
+
+    def _request_of(self, cookie: int) -> R:
+        request = self.in_flight.get(cookie)
+        if request is None:
+            raise NbdProtocolError(f"reply with cookie {cookie:#x}, which is no request of ours")
+        return request
+
+    def _on_simple(self, error: int, cookie: int, pos: int, end: int) -> int:
+        request = self._request_of(cookie)
+        if request.command == NBD_CMD_READ:
+            if self._structured:
+                raise NbdProtocolError(f"simple reply to {request!r} after structured replies were negotiated")
+            if not error:
+                self._chunk_done = True
+                return self._begin_payload(request, 0, request.length, pos, end)
+        elif request.error:
+            raise NbdProtocolError(f"simple reply amid the chunks of a structured reply to {request!r}")
+        request.error = error
+        self._complete(request)
+        return pos
+
+    def _on_chunk(self, flags: int, kind: int, cookie: int, length: int, pos: int, end: int) -> int:
+        """Handle the chunk whose payload starts at `pos`; returns where the next message starts, or -1 for 'more bytes
+        needed'."""
+        if not self._structured:
+            raise NbdProtocolError("structured reply, which was not negotiated")
+        request = self._request_of(cookie)
+        done = bool(flags & NBD_REPLY_FLAG_DONE)
+        if kind == NBD_REPLY_TYPE_OFFSET_DATA:
+            if length < 9 or request.command != NBD_CMD_READ:
+                raise NbdProtocolError(f"NBD_REPLY_TYPE_OFFSET_DATA of {length} bytes in reply to {request!r}")
+            if end - pos < 8:
+                return -1
+            (offset,) = _OFFSET.unpack_from(self._buffer, pos)
+            self._claim(request, offset, length - 8)
+            self._chunk_done = done
+            return self._begin_payload(request, offset - request.offset, length - 8, pos + 8, end)
+        if kind == NBD_REPLY_TYPE_NONE:
+            if length or not done:
+                raise NbdProtocolError(f"NBD_REPLY_TYPE_NONE with {length} bytes and flags {flags:#x}")
+        elif kind == NBD_REPLY_TYPE_OFFSET_HOLE:
+            if length != _HOLE.size or request.command != NBD_CMD_READ:
+                raise NbdProtocolError(f"NBD_REPLY_TYPE_OFFSET_HOLE of {length} bytes in reply to {request!r}")
+            if end - pos < length:
+                return -1
+            offset, hole = _HOLE.unpack_from(self._buffer, pos)
+            if not hole:
+                raise NbdProtocolError("NBD_REPLY_TYPE_OFFSET_HOLE of no bytes")
+            self._claim(request, offset, hole)
+            _fill_zeroes(request, offset - request.offset, hole)
+        elif kind & NBD_REPLY_TYPE_FLAG_ERROR:
+            if length > MAX_ERROR_CHUNK - _CHUNK_SIZE:
+                raise NbdProtocolError(f"error chunk of type {kind:#06x} with {length} bytes")
+            if end - pos < length:
+                return -1
+            self._on_error(request, kind, length, pos)
+        else:
+            raise NbdProtocolError(f"chunk of unknown type {kind} in reply to {request!r}")
+        if done:
+            self._end_of_reply(request)
+        return pos + length
+
+    def _on_error(self, request: R, kind: int, length: int, pos: int) -> None:
+        tail = 8 if kind == NBD_REPLY_TYPE_ERROR_OFFSET else 0
+        if length < _ERROR.size + tail:
+            raise NbdProtocolError(f"error chunk of type {kind:#06x} with only {length} bytes")
+        error, message_length = _ERROR.unpack_from(self._buffer, pos)
+        known = kind in (NBD_REPLY_TYPE_ERROR, NBD_REPLY_TYPE_ERROR_OFFSET)
+        if message_length > length - _ERROR.size - tail or message_length > MAX_STRING:
+            raise NbdProtocolError(f"error message of {message_length} bytes in a chunk of {length}")
+        if known and not error:
+            raise NbdProtocolError("error chunk without an error")
+        if tail:
+            (offset,) = _OFFSET.unpack_from(self._buffer, pos + length - tail)
+            if not request.offset <= offset < request.offset + max(request.length, 1):
+                raise NbdProtocolError(f"error at offset {offset}, outside of {request!r}")
+        if not request.error:
+            # The first one counts. Of a type from the future we know only that the request has failed.
+            request.error = error or NBD_EINVAL
+            text = pos + _ERROR.size
+            request.message = decode_message(self._buffer[text : text + message_length])
+
+    def _claim(self, request: R, offset: int, length: int) -> None:
+        """Note that a content chunk covers this part of a read; refuse it if it may not."""
+        start = offset - request.offset
+        stop = start + length
+        if start < 0 or stop > request.length:
+            raise NbdProtocolError(f"data for bytes {offset} to {offset + length}, outside of {request!r}")
+        request.filled += length
+        extents = request.extents
+        if extents is None:
+            request.extents = [(start, stop)]
+            return
+        if request.flags & NBD_CMD_FLAG_DF:
+            raise NbdProtocolError(f"second content chunk in reply to {request!r} with NBD_CMD_FLAG_DF")
+        at = bisect_left(extents, (start, stop))
+        if (at and extents[at - 1][1] > start) or (at < len(extents) and extents[at][0] < stop):
+            raise NbdProtocolError(f"data for bytes {offset} to {offset + length} of {request!r} came twice")
+        if at and extents[at - 1][1] == start:
+            extents[at - 1] = (extents[at - 1][0], stop)
+        elif len(extents) < MAX_EXTENTS:
+            extents.insert(at, (start, stop))
+        else:
+            raise NbdProtocolError(f"reply to {request!r} comes in more than {MAX_EXTENTS} scattered pieces")
+
+    # -- payload -------------------------------------------------------------------------------------------------------------
+
+    def _begin_payload(self, request: R, start: int, length: int, pos: int, end: int) -> int:
+        view = request.view
+        if end - pos >= length:
+            # The usual small read: all of it is here already.
+            if view is not None:
+                view[start : start + length] = self._view[pos : pos + length]
+            if self._chunk_done:
+                self._end_of_reply(request)
+            return pos + length
+        self._current = request
+        self._remaining = length
+        self._target = None if view is None else view[start : start + length]
+        return self._payload(pos, end)
+
+    def _payload(self, pos: int, end: int) -> int:
+        """Move what the receive buffer has of the current payload to its destination."""
+        size = min(end - pos, self._remaining)
+        target = self._target
+        if target is not None:
+            target[:size] = self._view[pos : pos + size]
+            self._target = target[size:]
+        self._remaining -= size
+        if not self._remaining:
+            self._end_of_payload()
+        return pos + size
+
+    def _end_of_payload(self) -> None:
+        request = self._current
+        assert request is not None
+        self._current = None
+        self._target = None
+        if self._chunk_done:
+            self._end_of_reply(request)
+
+    def _end_of_reply(self, request: R) -> None:
+        if self._structured and not request.error and request.command == NBD_CMD_READ and request.filled != request.length:
+            raise NbdProtocolError(f"reply to {request!r} ends after {request.filled} bytes")
+        self._complete(request)
+
+    def _complete(self, request: R) -> None:
+        del self.in_flight[request.cookie]
+        self.completed.append(request)
+
+
+def _fill_zeroes(request: Request, start: int, length: int) -> None:
+    view = request.view
+    if view is None:
+        return
+    stop = start + length
+    while start < stop:
+        size = min(stop - start, len(_ZEROES))
+        view[start : start + size] = _ZEROES[:size] if size < len(_ZEROES) else _ZEROES
+        start += size
