@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from pytun import IFF_NO_PI, IFF_TAP, TunTapDevice
 
 from tests.needs import require_tool
 from tests.netns import Namespace
@@ -88,6 +89,22 @@ def test_a_setting_is_changed_here_only(alice_and_bob: tuple[Namespace, Namespac
     alice.sysctl("net.ipv4.ip_default_ttl", 17)
     assert alice.open(setting.read_text) == "17\n"
     assert bob.open(setting.read_text) != "17\n"
+
+
+def test_a_tap_opened_inside_is_used_from_outside(netns: Namespace) -> None:
+    tap = netns.open(TunTapDevice, name="tap0", flags=IFF_TAP | IFF_NO_PI)
+    try:
+        netns.sysctl("net.ipv6.conf.tap0.disable_ipv6", 1)
+        netns.set_up("tap0", "10.77.2.1/24")
+        with netns.open(socket.socket, socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            asking.sendto(b"who has", ("10.77.2.2", 9))
+        frame = tap.read(2048)
+        assert frame[:6] == b"\xff" * 6
+        assert frame[12:14] == b"\x08\x06", "an ARP request"
+        assert frame[6:12] == bytes.fromhex(netns.mac("tap0").replace(":", ""))
+    finally:
+        tap.close()
+    assert links(netns) == {"lo"}
 
 
 def test_the_mtu_is_set(netns: Namespace) -> None:
