@@ -359,6 +359,7 @@ class KmemCache:
                 pages.free(pfn, self.order)
                 return None
             pfmemalloc = pfmemalloc or self.management_cache.pfmemalloc
+            self._live[management >> GRANULE_SHIFT] = 0  # alive, but not a caller's to free
         base = pfn << PAGE_SHIFT
         first = base + self._colour_next * LINE + self._objects_offset
         self._colour_next = self._colour_next + 1 if self._colour_next < self.colour else 0
@@ -379,6 +380,7 @@ class KmemCache:
             self.free_objects -= self.num
         self.pages.free(pfn, self.order)
         if self.management_cache is not None:
+            self._live[slab.management >> GRANULE_SHIFT] = 1
             self.management_cache.free(slab.management)
 
     def _alloc_from_reserve(self, array: ArrayCache) -> int:
