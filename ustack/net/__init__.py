@@ -1,0 +1,1 @@
+"""The network layer: IPv4 in and out, routes, neighbours, ICMP."""

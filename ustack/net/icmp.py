@@ -1,0 +1,237 @@
+"""ICMP for IPv4 (RFC 792; RFC 1122, section 3.2.2; RFC 1812, section 4.3.2): echo, the errors we send, and the errors we are
+told.
+
+An echo is answered straight from the receive ring: nothing is allocated and nothing copied, and the checksum of the reply
+follows from that of the request. Checksums of ICMP are never left to the device, because programs get these packets raw and
+check them themselves. Redirects, source quench (RFC 6633) and timestamps are not acted on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from ustack.drops import DropReason
+from ustack.wire import ethernet, icmp, ipv4
+from ustack.wire.checksum import finish, ones_sum_views
+
+if TYPE_CHECKING:
+    from ustack.net.ipv4 import IpPacket, Ipv4
+    from ustack.skb import Buffer, Skb
+
+ErrorHandler = Callable[[int, int, int, bytes, bytes, bytes], bool]
+"""`handler(type, code, mtu, src, dst, quoted)` of a protocol: an error about a packet that we sent from `src` to `dst`.
+
+`quoted` are the first bytes of its transport header, at least 8. `mtu` is what the path takes if the error is "fragmentation
+needed", else 0; the path is narrowed only after the handler has returned. Returns whether the packet can be one of ours; if
+not, nobody acts on the error (RFC 5927).
+"""
+
+QUOTE_MAX: Final = 576 - ipv4.HEADER_LEN - icmp.HEADER_LEN
+"""Bytes of the offending packet that an error quotes, so that the error is no longer than 576 (RFC 1812, section 4.3.2.3)."""
+
+QUOTED_L4_MAX: Final = 60
+"""Bytes of a quoted transport header that are handed up."""
+
+ERRORS_PER_SECOND: Final = 1000.0
+"""Errors that we send at most (Linux, icmp_msgs_per_sec)."""
+
+ERRORS_BURST: Final = 50.0
+"""Errors that we send at once (Linux, icmp_msgs_burst)."""
+
+_ERRORS: Final = (icmp.ICMP_DEST_UNREACH, icmp.ICMP_TIME_EXCEEDED, icmp.ICMP_PARAMETERPROB)
+
+
+class Icmp:
+    """ICMP of one stack. `error_handlers` maps an IP protocol to who is told of errors about its packets."""
+
+    __slots__ = ("_drops", "_echoes", "_ipv4", "_mib", "_refilled", "_tokens", "error_handlers")
+
+    def __init__(self, ipv4_layer: Ipv4) -> None:
+        self._ipv4 = ipv4_layer
+        self._drops = ipv4_layer.env.drops
+        self._mib = ipv4_layer.env.mib
+        self._tokens = ERRORS_BURST
+        self._refilled = ipv4_layer.env.timers.now
+        self._echoes: dict[int, Echo] = {}
+        self.error_handlers: dict[int, ErrorHandler] = {ipv4.IPPROTO_ICMP: self._on_echo_error}
+
+    # -- in --
+
+    def input(self, packet: IpPacket) -> None:
+        """An ICMP message arrived."""
+        self._mib.IcmpInMsgs += 1
+        frame = packet.frame
+        if packet.l4_len < icmp.HEADER_LEN:
+            self._refuse(DropReason.ICMP_MALFORMED)
+            return
+        if not frame.csum_ok and finish(ones_sum_views(frame.views(packet.l4, packet.l4_len))):
+            self._refuse(DropReason.ICMP_CSUM)
+            return
+        kind, code, checksum, word0, word1 = icmp.HEADER.unpack_from(frame.head, packet.l4)
+        if kind == icmp.ICMP_ECHO and not packet.broadcast:
+            self._mib.IcmpInEchos += 1
+            self._reply(packet, checksum, word0, word1)
+        elif kind == icmp.ICMP_ECHOREPLY:
+            echo = self._echoes.get(word0)
+            if echo is None:
+                self._drops.count(DropReason.NO_SOCKET)
+            else:
+                payload = frame.tobytes(packet.l4 + icmp.HEADER_LEN, packet.l4_len - icmp.HEADER_LEN)
+                echo.on_reply(packet.src, word1, payload, packet.ttl)
+        elif kind in _ERRORS:
+            self._on_error(packet, kind, code, word1)
+        else:
+            self._drops.count(DropReason.INVALID_PROTO)
+
+    def _refuse(self, reason: DropReason) -> None:
+        self._mib.IcmpInErrors += 1
+        self._drops.count(reason)
+
+    def _reply(self, packet: IpPacket, checksum: int, ident: int, seq: int) -> None:
+        try:
+            path = self._ipv4.path(packet.src, packet.dst)
+        except OSError:
+            return  # counted there
+        # Only the type changes, from 8 to 0, and the checksum with it (RFC 1624, equation 3).
+        checksum = finish((checksum ^ 0xFFFF) + 0xFFFF - (icmp.ICMP_ECHO << 8))
+        icmp.HEADER.pack_into(path.head, path.l4, icmp.ICMP_ECHOREPLY, 0, checksum, ident, seq)
+        self._mib.IcmpOutMsgs += 1
+        self._mib.IcmpOutEchoReps += 1
+        length = packet.l4_len - icmp.HEADER_LEN
+        payload = packet.frame.views(packet.l4 + icmp.HEADER_LEN, length)
+        path.send(ipv4.IPPROTO_ICMP, icmp.HEADER_LEN, payload, length, tos=packet.tos, df=False)
+
+    def _on_error(self, packet: IpPacket, kind: int, code: int, mtu: int) -> None:
+        """Find out about which packet the error is, and tell its protocol (RFC 1122, section 3.2.2)."""
+        head = packet.frame.head
+        start = packet.l4 + icmp.HEADER_LEN
+        end = min(packet.l4 + packet.l4_len, len(head))
+        quoted = ipv4.parse_header(head, start, end)
+        if quoted is None or quoted.src not in self._ipv4.addresses or quoted.frag & ipv4.IP_OFFSET:
+            self._refuse(DropReason.ICMP_MALFORMED)
+            return
+        l4 = bytes(head[start + quoted.ihl : min(end, start + quoted.ihl + QUOTED_L4_MAX)])
+        frag_needed = kind == icmp.ICMP_DEST_UNREACH and code == icmp.ICMP_FRAG_NEEDED
+        # No link is narrower than 68 bytes, and none refuses what fits. 0 comes from routers older than RFC 1191.
+        if len(l4) < 8 or (frag_needed and mtu and not ipv4.MIN_MTU <= mtu < quoted.total):
+            self._refuse(DropReason.ICMP_MALFORMED)
+            return
+        handler = self.error_handlers.get(quoted.protocol)
+        if handler is None or not handler(kind, code, mtu if frag_needed else 0, quoted.src, quoted.dst, l4):
+            self._refuse(DropReason.ICMP_MALFORMED)
+        elif frag_needed:
+            self._ipv4.learn_pmtu(quoted.dst, mtu)
+
+    def on_neighbour_failed(self, skb: Skb) -> None:
+        """The next hop of the frame `skb` does not answer: for its sender the same as "host unreachable" from a router."""
+        frame = skb.views(0, min(skb.len, ethernet.HEADER_LEN + ipv4.HEADER_LEN + QUOTED_L4_MAX))[0]
+        header = ipv4.parse_header(frame, ethernet.HEADER_LEN, len(frame))
+        assert header is not None, "we built it"
+        handler = self.error_handlers.get(header.protocol)
+        if handler is not None:
+            l4 = bytes(frame[ethernet.HEADER_LEN + header.ihl :])
+            handler(icmp.ICMP_DEST_UNREACH, icmp.ICMP_HOST_UNREACH, 0, header.src, header.dst, l4)
+
+    # -- out --
+
+    def send_unreachable(self, packet: IpPacket, code: int) -> None:
+        """Tell the sender of `packet` that its destination is unreachable here, unless that is forbidden or happens too often.
+
+        Never about a broadcast or an ICMP error (RFC 1122, section 3.2.2). Fragments and packets from nobody do not get this
+        far.
+        """
+        head = packet.frame.head
+        if packet.broadcast or (packet.proto == ipv4.IPPROTO_ICMP and head[packet.l4] in icmp.ERROR_TYPES):
+            return
+        if not self._may_send():
+            self._drops.count(DropReason.ICMP_RATELIMIT)
+            return
+        try:
+            path = self._ipv4.path(packet.src, packet.dst)
+        except OSError:
+            return  # counted there
+        length = min(packet.l4 - packet.l3 + packet.l4_len, QUOTE_MAX)
+        quote = packet.frame.views(packet.l3, length)
+        path.head[path.l4 : path.l4 + icmp.HEADER_LEN] = icmp.build_header(icmp.ICMP_DEST_UNREACH, code, 0, 0, quote)
+        self._mib.IcmpOutMsgs += 1
+        self._mib.IcmpOutDestUnreachs += 1
+        path.send(ipv4.IPPROTO_ICMP, icmp.HEADER_LEN, quote, length, tos=0xC0, df=False)
+
+    def _may_send(self) -> bool:
+        now = self._ipv4.env.timers.now
+        self._tokens = min(ERRORS_BURST, self._tokens + (now - self._refilled) * ERRORS_PER_SECOND)
+        self._refilled = now
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        return True
+
+    # -- echo of our own --
+
+    def open_echo(
+        self, on_reply: Callable[[bytes, int, bytes, int], None], on_error: Callable[[int, int, bytes, int], None]
+    ) -> Echo:
+        """An echo client with an identifier of its own.
+
+        `on_reply(src, seq, payload, ttl)` is called for every reply, duplicates included; `on_error(type, code, dst, seq)` for
+        every ICMP error about a request. Raises OSError EADDRINUSE when all identifiers are taken.
+        """
+        if len(self._echoes) > 0xFFFF:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        ident = self._ipv4.env.random.getrandbits(16)
+        while ident in self._echoes:
+            ident = (ident + 1) & 0xFFFF
+        echo = self._echoes[ident] = Echo(self, ident, on_reply, on_error)
+        return echo
+
+    def _on_echo_error(self, kind: int, code: int, _mtu: int, _src: bytes, dst: bytes, quoted: bytes) -> bool:
+        quoted_kind, _, _, ident, seq = icmp.HEADER.unpack_from(quoted)
+        echo = self._echoes.get(ident)
+        if quoted_kind != icmp.ICMP_ECHO or echo is None:
+            return False
+        echo.on_error(kind, code, dst, seq)
+        return True
+
+    def send_echo(self, ident: int, dst: bytes, seq: int, payload: Buffer, ttl: int) -> bool:
+        """Send an echo request; see `Echo.send`."""
+        path = self._ipv4.path(dst)
+        header = icmp.build_header(icmp.ICMP_ECHO, 0, ident, seq, (payload,))
+        path.head[path.l4 : path.l4 + icmp.HEADER_LEN] = header
+        self._mib.IcmpOutMsgs += 1
+        return path.send(ipv4.IPPROTO_ICMP, icmp.HEADER_LEN, (payload,), len(payload), ttl=ttl)
+
+    def close_echo(self, ident: int) -> None:
+        """End the echo client with the identifier `ident`."""
+        self._echoes.pop(ident, None)
+
+
+class Echo:
+    """An echo client (what ping is made of); see `Icmp.open_echo`. `ident` is the identifier of its requests."""
+
+    __slots__ = ("_icmp", "ident", "on_error", "on_reply")
+
+    def __init__(
+        self,
+        layer: Icmp,
+        ident: int,
+        on_reply: Callable[[bytes, int, bytes, int], None],
+        on_error: Callable[[int, int, bytes, int], None],
+    ) -> None:
+        self._icmp = layer
+        self.ident = ident
+        self.on_reply = on_reply
+        self.on_error = on_error
+
+    def send(self, dst: bytes, seq: int, payload: Buffer = b"", ttl: int = 64) -> bool:
+        """Ask `dst` (packed) with the sequence number `seq` (16 bits); False when the request was dropped here.
+
+        Raises the OSErrors of `Ipv4.path`.
+        """
+        return self._icmp.send_echo(self.ident, dst, seq, payload, ttl)
+
+    def close(self) -> None:
+        """Call nobody any more, and free the identifier."""
+        self._icmp.close_echo(self.ident)
