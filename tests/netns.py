@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -67,9 +68,9 @@ class Namespace:
             program.terminate()
         for program in self._programs:
             _end(program)
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        while pids := self.pids():  # again, because one may have forked while we looked
+            for pid in pids:
+                _kill(pid)
         self._jobs.put(None)
         self._thread.join(TERMINATION_GRACE)
         if self._thread.is_alive():
@@ -218,6 +219,23 @@ def _end(program: subprocess.Popen[bytes]) -> None:
         if pipe is not None:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+def _kill(pid: int) -> None:
+    """Kill a process that need not be our child, and wait until it is gone."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        ended, _, _ = select.select([pidfd], [], [], TERMINATION_GRACE)
+        if not ended:
+            raise TimeoutError(f"process {pid} does not end")
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(pidfd)
 
 
 def _said(out: bytes | None, err: bytes | None) -> str:
