@@ -92,7 +92,7 @@ class Path:
         self.pseudo = ones_sum(src + dst)
         self._sum = self.pseudo + _VERSION_IHL
         self._csum_offload = bool(device.features & FEATURE_CSUM)
-        self._lladdr: bytes | None = None
+        self._lladdr = b""  # what the template has now
         self._ident = env.random.getrandbits(16)
         self._df = ipv4.IP_DF
         self._drops = env.drops

@@ -1,0 +1,1 @@
+"""The laboratory: stacks in virtual time, pressure, faults."""
