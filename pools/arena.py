@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
 """Bytes of a page. Fixed: the figures of the 2006 dispute are for 4 KiB, whatever the host uses."""
+PAGE_MASK: Final = PAGE_SIZE - 1
 
 
 class Arena:
