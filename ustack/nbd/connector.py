@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ustack.nbd.client import CONNECT_TIMEOUT, Connector, CreateConnection, NbdClient
+from ustack.nbd.client import CONNECT_TIMEOUT, Connector, CreateConnection, NbdClient, ProtocolFactory
 from ustack.nbd.handshake import ExportDescribed, ExportListed, Purpose
 from ustack.nbd.uri import NbdUri
 
@@ -35,13 +35,17 @@ def connector_for(uri: NbdUri, create_connection: CreateConnection | None = None
     if uri.tls:
         raise OSError(errno.EOPNOTSUPP, f"{uri}: {uri.scheme} demands TLS, which this client does not speak yet")
     loop = asyncio.get_running_loop()
-    if uri.socket is not None:
-        path = uri.socket
-        return lambda factory: loop.create_unix_connection(factory, path)
-    if create_connection is not None:
-        create = create_connection
-        return lambda factory: create(factory, uri.host, uri.port)
-    return lambda factory: loop.create_connection(factory, uri.host, uri.port)
+    create = create_connection or loop.create_connection
+
+    async def reach(factory: ProtocolFactory) -> tuple[Any, Any]:
+        try:
+            if uri.socket is not None:
+                return await loop.create_unix_connection(factory, uri.socket)
+            return await create(factory, uri.host, uri.port)
+        except OSError as error:
+            raise type(error)(error.errno, f"{uri}: cannot connect: {error.strerror or error}") from error
+
+    return reach
 
 
 @asynccontextmanager
