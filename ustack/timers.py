@@ -38,12 +38,13 @@ class Timer:
 
 
 class Timers:
-    """All timers of a stack, and its clock."""
+    """All timers of a stack, and its clock. `alarm` is called with a deadline that comes before all others, when one is set."""
 
-    __slots__ = ("_heap", "_order", "now")
+    __slots__ = ("_heap", "_order", "alarm", "now")
 
     def __init__(self, now: float = 0.0) -> None:
         self.now = now
+        self.alarm: Callable[[float], None] | None = None
         self._heap: list[tuple[float, int, Timer]] = []
         self._order = 0
 
@@ -53,7 +54,10 @@ class Timers:
         if deadline < timer.queued:
             timer.queued = deadline
             self._order += 1
-            heappush(self._heap, (deadline, self._order, timer))
+            heap = self._heap
+            heappush(heap, (deadline, self._order, timer))
+            if self.alarm is not None and heap[0][2] is timer:
+                self.alarm(deadline)
 
     def next_deadline(self) -> float:
         """When `run` wants to be called next (seconds); NEVER when no timer is set. May be early, never late."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ustack.drops import Drops
-    from ustack.link.rxring import RxFrame
+    from ustack.link.rxring import RxFrame, RxRing
     from ustack.skb import Buffer, SkbMemory
 
 ETH_HLEN: Final = 14
@@ -49,7 +49,10 @@ class DeviceStats:
 class Device(ABC):
     """A network device. `mac` is the stack's own address on it (6 bytes)."""
 
-    __slots__ = ("features", "mac", "mtu", "name", "stats")
+    __slots__ = ("features", "mac", "mtu", "name", "ring", "stats")
+
+    ring: RxRing
+    """Posted receive memory, from `attach` on."""
 
     def __init__(self, name: str, mac: bytes, mtu: int, features: int) -> None:
         self.name = name
@@ -76,6 +79,10 @@ class Device(ABC):
         pseudo-header, and the device completes it over everything from `csum_start` on. With `gso_size` set (needs FEATURE_TSO) the
         frame is a TCP super-frame, to be cut into segments with that much payload each.
         """
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable when frames wait; -1 for a device that has none and is driven by hand."""
+        return -1
 
     @abstractmethod
     def close(self) -> None:

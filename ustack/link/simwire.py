@@ -63,7 +63,7 @@ class Impairments:
     """Probability that one bit of a frame is flipped."""
 
 
-class _WireFrame:
+class WireFrame:
     """A frame on its way. `csum_start` is 0 when its checksum is complete."""
 
     __slots__ = ("csum_offset", "csum_ok", "csum_start", "data", "gso_size")
@@ -103,13 +103,13 @@ class SimDevice(Device):
         ring: Callable[[SkbMemory, int], RxRing] = PagedRing,
     ) -> None:
         super().__init__(name, mac, mtu, features)
-        self.wire: Callable[[_WireFrame], None] | None = None
+        self.wire: Callable[[WireFrame], None] | None = None
         self.on_receivable: Callable[[], None] = _nobody
         self._ring_type = ring
         self._ring: RxRing | None = None
         self._drops = Drops()
         self._deliver: Callable[[RxFrame], None] = _nowhere
-        self._waiting: deque[_WireFrame] = deque()
+        self._waiting: deque[WireFrame] = deque()
 
     def attach(self, memory: SkbMemory, drops: Drops, deliver: Callable[[RxFrame], None]) -> None:
         """See `Device.attach`."""
@@ -122,7 +122,7 @@ class SimDevice(Device):
         """Frames that wait for `poll`."""
         return len(self._waiting)
 
-    def receive(self, frame: _WireFrame) -> None:
+    def receive(self, frame: WireFrame) -> None:
         """A frame arrives from the wire."""
         waiting = self._waiting
         waiting.append(frame)
@@ -165,7 +165,7 @@ class SimDevice(Device):
         data = b"".join((head, *payload))
         self.stats.tx_packets += 1
         self.stats.tx_bytes += len(data)
-        self.wire(_WireFrame(data, csum_start, csum_offset, gso_size))
+        self.wire(WireFrame(data, csum_start, csum_offset, gso_size))
         return True
 
     def close(self) -> None:
@@ -205,18 +205,18 @@ class Direction:
         self._random = Random(scheduler.random.getrandbits(64))
         self._busy_until = 0.0
 
-    def send(self, frame: _WireFrame) -> None:
+    def send(self, frame: WireFrame) -> None:
         """A device sends `frame`: let it arrive, or not."""
         self.frames += 1
         if self.tap is not None:
             self.tap(self._scheduler.now, bytes(frame.data))
         if frame.gso_size and not self.receiver.features & FEATURE_TSO:
             for segment in segments(frame.data, frame.gso_size):
-                self._carry(_WireFrame(segment, 0, NO_CSUM, 0))
+                self._carry(WireFrame(segment, 0, NO_CSUM, 0))
         else:
             self._carry(frame)
 
-    def _carry(self, frame: _WireFrame) -> None:
+    def _carry(self, frame: WireFrame) -> None:
         impairments = self.impairments
         now = self._scheduler.now
         arrival = now + impairments.delay
@@ -241,12 +241,12 @@ class Direction:
             self._arrive(frame, arrival)
         self._arrive(frame, arrival)
 
-    def _arrive(self, frame: _WireFrame, arrival: float) -> None:
+    def _arrive(self, frame: WireFrame, arrival: float) -> None:
         if self.impairments.jitter:
             arrival += self._random.random() * self.impairments.jitter
         self._scheduler.at(arrival, partial(self.receiver.receive, frame))
 
-    def _damage(self, frame: _WireFrame) -> None:
+    def _damage(self, frame: WireFrame) -> None:
         self.corrupted += 1
         frame.complete()
         data = bytearray(frame.data)

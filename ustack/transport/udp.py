@@ -2,8 +2,8 @@
 
 A datagram is sent straight from the caller's buffer and received into an skb that is charged to its socket. The limit of a
 receive queue is the kernel's: a datagram is taken while what waits does not exceed `rcvbuf`, in bytes of truesize. That is
-decided before anything is allocated. The user is told by `wake`, called with READABLE or WRITABLE, and then makes the
-non-blocking calls; what they raise is what the BSD calls raise.
+decided before anything is allocated. Once per batch of frames the user is told by `wake`, called with READABLE or WRITABLE,
+and then makes the non-blocking calls; what they raise is what the BSD calls raise.
 
 Left out: fragmentation (a datagram over the path MTU is refused with EMSGSIZE), multicast, the error queue.
 """
@@ -61,7 +61,7 @@ def _error(number: int) -> OSError:
 class Udp:
     """UDP of one stack. All receive queues are charged to `account`."""
 
-    __slots__ = ("_drops", "_mib", "_ports", "account", "env", "ipv4")
+    __slots__ = ("_drops", "_mib", "_pending", "_ports", "account", "env", "ipv4")
 
     def __init__(self, env: Env, ipv4_layer: Ipv4) -> None:
         self.env = env
@@ -70,6 +70,7 @@ class Udp:
         self._drops = env.drops
         self._mib = env.mib
         self._ports: dict[int, list[UdpSocket]] = {}  # by local port; the one bound last comes last
+        self._pending: list[UdpSocket] = []
         ipv4_layer.register(ipv4.IPPROTO_UDP, self.input)
         ipv4_layer.icmp.error_handlers[ipv4.IPPROTO_UDP] = self.on_icmp_error
 
@@ -80,6 +81,30 @@ class Udp:
     def sockets(self) -> list[UdpSocket]:
         """All bound sockets."""
         return [each for sockets in self._ports.values() for each in sockets]
+
+    def schedule(self, socket: UdpSocket) -> None:
+        """Wake the user of `socket` at the next flush."""
+        if not self._pending:
+            self.env.want_flush()
+        self._pending.append(socket)
+
+    def flush(self) -> None:
+        """Once per batch of frames: wake the users of the sockets to which something happened."""
+        while self._pending:
+            pending = self._pending
+            self._pending = []
+            for socket in pending:
+                mask = socket.wake_mask
+                socket.wake_mask = 0
+                socket.wake(mask)
+
+    def close(self) -> None:
+        """Fail every bound socket with ECONNABORTED, and close it."""
+        for socket in self.sockets():
+            socket.fail(errno.ECONNABORTED)
+        self.flush()
+        for socket in self.sockets():
+            socket.close()
 
     # -- in --
 
@@ -111,9 +136,6 @@ class Udp:
         skb: Skb | None = None
         for receiver in receivers:
             skb = receiver.enqueue(packet, length, sport, skb) or skb
-        if skb is not None:
-            for receiver in receivers:
-                receiver.wake(READABLE)
 
     def _refuse(self, reason: DropReason) -> None:
         self._mib.UdpInErrors += 1
@@ -184,7 +206,7 @@ class UdpSocket:
     """A UDP socket; made by `Udp.socket`. `bound` is the address and `port` the port that it is bound to, ANY and 0 before.
 
     `remote` is the peer of a connected socket. `account` has the truesize of what waits to be received. `wake` may be set at
-    any time.
+    any time; `wake_mask` is what it will be called with at the next flush.
     """
 
     __slots__ = (
@@ -202,6 +224,7 @@ class UdpSocket:
         "port",
         "remote",
         "wake",
+        "wake_mask",
     )
 
     def __init__(self, protocol: Udp, options: SocketOptions) -> None:
@@ -210,6 +233,7 @@ class UdpSocket:
         self.port = 0
         self.remote: Address | None = None
         self.wake: Callable[[int], None] = nobody
+        self.wake_mask = 0
         self.account = Account("udp receive", protocol.account)
         self.closed = False
         self._udp = protocol
@@ -241,8 +265,9 @@ class UdpSocket:
         self.bound = address
 
     def connect(self, address: bytes, port: int) -> None:
-        """Send to, and receive from, this peer alone. May be called again. Raises EACCES, EINVAL and the OSErrors of
-        `Ipv4.path`.
+        """Send to, and receive from, this peer alone. May be called again.
+
+        Raises OSError: EACCES for a broadcast without the option, EINVAL, and those of `Ipv4.path`.
         """
         if self.closed or not port:
             raise _error(errno.EINVAL)
@@ -258,7 +283,7 @@ class UdpSocket:
         self._path = None
 
     def score(self, local: bytes, remote: bytes, remote_port: int) -> int:
-        """How well a datagram from `remote` to our address `local` fits this socket's port: 0 not at all, the more the better."""
+        """How well a datagram from `remote` to our address `local` fits a socket on its port: not at all (0), or the better."""
         if self.remote is not None:
             return 3 if self.remote == (remote, remote_port) and local == self.local[0] else 0
         if self.bound == ANY:
@@ -349,6 +374,7 @@ class UdpSocket:
         skb.peer = (packet.src, sport)
         skb.charge_to(self.account)
         self._queue.append(skb)
+        self.notify(READABLE)
         return skb
 
     def recvfrom_nowait(self, limit: int, *, peek: bool = False) -> tuple[bytes, Address]:
@@ -403,10 +429,16 @@ class UdpSocket:
         """Always: what cannot be sent is lost."""
         return True
 
+    def notify(self, mask: int) -> None:
+        """Remember what to tell the user at the next flush."""
+        if not self.wake_mask:
+            self._udp.schedule(self)
+        self.wake_mask |= mask
+
     def fail(self, number: int) -> None:
         """Let the next call raise OSError with errno `number`, and wake the user."""
         self._error = number
-        self.wake(READABLE | WRITABLE)
+        self.notify(READABLE | WRITABLE)
 
     def take_error(self) -> int:
         """The errno that waits, which is thereby reported; 0 for none (SO_ERROR)."""
@@ -415,17 +447,17 @@ class UdpSocket:
         return number
 
     def _raise_error(self) -> None:
-        if self.closed:
-            raise _error(errno.EBADF)
         if self._error:
             raise _error(self.take_error())
+        if self.closed:
+            raise _error(errno.EBADF)
 
     def shutdown(self, how: int) -> None:
         """Receive no more (SHUT_RD), send no more (SHUT_WR), or both. Raises OSError ENOTCONN on a socket that has no peer."""
         if self.remote is None:
             raise _error(errno.ENOTCONN)
         self._shutdown |= how
-        self.wake(READABLE | WRITABLE)
+        self.notify(READABLE | WRITABLE)
 
     def close(self) -> None:
         """Give the port back and free what nobody received. Closing twice is harmless."""

@@ -28,16 +28,15 @@ _end = attrgetter("end")
 
 
 class Segment:
-    """One transmission: sequence numbers `seq .. end` (a SYN or FIN counts one), last sent at `sent_at` seconds."""
+    """One transmission: sequence numbers `seq .. end` (a FIN counts one), last sent at `sent_at` seconds."""
 
-    __slots__ = ("end", "fin", "flags", "sent_at", "seq", "syn")
+    __slots__ = ("end", "fin", "flags", "sent_at", "seq")
 
-    def __init__(self, seq: int, end: int, sent_at: float, *, syn: bool = False, fin: bool = False) -> None:
+    def __init__(self, seq: int, end: int, sent_at: float, *, fin: bool = False) -> None:
         self.seq = seq
         self.end = end
         self.sent_at = sent_at
         self.flags = 0
-        self.syn = syn
         self.fin = fin
 
 
@@ -98,7 +97,6 @@ class Inflight:
             if segment.flags:
                 self._forget(segment.flags, una - segment.seq)
             segment.seq = una
-            segment.syn = False
         return sent_at
 
     def _forget(self, flags: int, length: int) -> None:
@@ -189,7 +187,7 @@ class Inflight:
         segment = self.segments[0]
         if segment.flags & (SACKED | LOST):
             return False
-        if segment.end - segment.seq > mss + segment.syn + segment.fin:
+        if segment.end - segment.seq > mss + segment.fin:
             self.split(0, segment.seq + mss)
         length = segment.end - segment.seq
         segment.flags |= LOST

@@ -1,0 +1,386 @@
+"""asyncio transports and servers over our sockets, so that protocols written for `loop.create_connection` run on the stack.
+
+A transport calls its protocol from the stack's flush, so that what the protocol writes at once leaves together with the acknowledgment.
+Bytes that were received wait in skbs until the protocol takes them; bytes that do not fit the send limit wait in the transport, which
+tells the protocol to pause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket as names
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+
+from ustack.socket import Host, Socket
+from ustack.transport.events import READABLE, SHUT_WR, WRITABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ustack.skb import Buffer
+
+READ_SIZE: Final = 256 << 10
+"""Bytes handed to `data_received` at most."""
+
+HIGH_WATER: Final = 64 << 10
+"""Bytes that wait in a transport when the protocol is told to pause; as asyncio's own."""
+
+
+class SocketMaker(Host, Protocol):
+    """A stack that makes sockets."""
+
+    def socket(self, family: int = names.AF_INET, type: int = names.SOCK_STREAM) -> Socket:  # noqa: A002
+        """A new socket."""
+
+
+class StreamTransport(asyncio.Transport):
+    """A connected stream socket as an asyncio transport. The protocol may be a Protocol or a BufferedProtocol."""
+
+    __slots__ = (
+        "_buffered",
+        "_closing",
+        "_conn",
+        "_eof_received",
+        "_eof_sent",
+        "_high",
+        "_loop",
+        "_lost",
+        "_low",
+        "_paused",
+        "_plain",
+        "_protocol",
+        "_size",
+        "_sock",
+        "_waiting",
+        "_write_paused",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: Socket, protocol: asyncio.BaseProtocol) -> None:
+        super().__init__(
+            {"socket": sock, "peername": sock.getpeername(), "sockname": sock.getsockname()}
+        )
+        self._loop = loop
+        self._sock = sock
+        self._conn = sock.connection
+        self._waiting: deque[memoryview] = deque()
+        self._size = 0
+        self._high = HIGH_WATER
+        self._low = HIGH_WATER // 4
+        self._closing = False
+        self._lost = False
+        self._paused = False
+        self._write_paused = False
+        self._eof_sent = False
+        self._eof_received = False
+        self.set_protocol(protocol)
+
+    def start(self) -> None:
+        """Tell the protocol that the connection is made, and begin to read."""
+        self._protocol.connection_made(self)
+        self._conn.wake = self._wake
+        self._wake(READABLE)
+
+    # -- what the stack says --
+
+    def _wake(self, mask: int) -> None:
+        try:
+            if mask & WRITABLE and not self._lost:
+                self._write_waiting()
+            if mask & READABLE and not self._closing:
+                self._read()
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # noqa: BLE001 (whatever a protocol raises must not reach the stack)
+            self._fail(error)
+
+    def _read(self) -> None:
+        conn = self._conn
+        queue = conn.receive_queue.queue
+        while queue and not (self._paused or self._closing):
+            if self._buffered is None:
+                self._plain.data_received(conn.recv(READ_SIZE))
+            else:
+                view = memoryview(self._buffered.get_buffer(-1))
+                self._buffered.buffer_updated(conn.recv_into(view))
+        if queue or self._paused or self._closing or self._eof_received:
+            return
+        if conn.error:
+            conn.raise_error()
+        if conn.at_end:
+            self._eof_received = True
+            if not (self._buffered or self._plain).eof_received():
+                self.close()
+
+    def _fail(self, error: BaseException) -> None:
+        if not isinstance(error, OSError):
+            self._loop.call_exception_handler(
+                {"message": "Fatal error: protocol callback failed", "exception": error, "transport": self, "protocol": self._protocol}
+            )
+        self._end(error if isinstance(error, Exception) else None, reset=True)
+
+    def _end(self, error: Exception | None, *, reset: bool) -> None:
+        """Close the socket and tell the protocol, once."""
+        if self._lost:
+            return
+        self._lost = self._closing = True
+        self._waiting.clear()
+        self._size = 0
+        if reset:
+            self._sock.abort()
+        self._sock.close()
+        self._loop.call_soon(self._protocol.connection_lost, error)
+
+    # -- writing --
+
+    def write(self, data: Buffer) -> None:
+        """Send `data`, or keep what does not fit."""
+        self._write(data, more=False)
+
+    def writelines(self, list_of_data: Iterable[Buffer]) -> None:
+        """Send all pieces as one."""
+        pieces = list(list_of_data)
+        last = len(pieces) - 1
+        for index, piece in enumerate(pieces):
+            self._write(piece, more=index < last)
+
+    def _write(self, data: Buffer, *, more: bool) -> None:
+        if self._eof_sent:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        if self._lost or not data:
+            return
+        rest: Buffer = data
+        if not self._waiting:
+            self._sock.tick()
+            try:
+                taken = self._conn.send(data, more=more)
+            except BlockingIOError:
+                taken = 0
+            except OSError as error:
+                self._end(error, reset=False)
+                return
+            if taken == len(data):
+                return
+            rest = memoryview(data)[taken:]
+        # A copy, since the caller may re-use its buffer.
+        self._waiting.append(memoryview(bytes(rest)))
+        self._size += len(rest)
+        if self._size > self._high and not self._write_paused:
+            self._write_paused = True
+            self._protocol.pause_writing()
+
+    def _write_waiting(self) -> None:
+        waiting = self._waiting
+        if waiting:
+            self._sock.tick()
+        while waiting:
+            try:
+                taken = self._conn.send(waiting[0], more=len(waiting) > 1)
+            except BlockingIOError:
+                break
+            self._size -= taken
+            if taken < len(waiting[0]):
+                waiting[0] = waiting[0][taken:]
+                break
+            waiting.popleft()
+        if self._write_paused and self._size <= self._low:
+            self._write_paused = False
+            self._protocol.resume_writing()
+        if not waiting:
+            if self._closing:
+                self._end(None, reset=False)
+            elif self._eof_sent and not self._conn.shutdown_mask & SHUT_WR:
+                self._conn.shutdown(SHUT_WR)
+
+    def write_eof(self) -> None:
+        """Close our direction once everything has been sent."""
+        if self._closing or self._eof_sent:
+            return
+        self._eof_sent = True
+        if not self._waiting:
+            self._sock.tick()
+            self._conn.shutdown(SHUT_WR)
+
+    def can_write_eof(self) -> bool:
+        """TCP can."""
+        return True
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes that wait in the transport."""
+        return self._size
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """Bytes at which the protocol is told to resume and to pause."""
+        return self._low, self._high
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Set the bytes at which the protocol is told to pause and to resume. Raises ValueError unless high >= low >= 0."""
+        if high is None:
+            high = HIGH_WATER if low is None else 4 * low
+        if low is None:
+            low = high // 4
+        if not high >= low >= 0:
+            raise ValueError(f"high ({high}) must be >= low ({low}) must be >= 0")
+        self._high, self._low = high, low
+
+    # -- reading --
+
+    def is_reading(self) -> bool:
+        """Whether the protocol is given data."""
+        return not (self._paused or self._closing)
+
+    def pause_reading(self) -> None:
+        """Give the protocol no data until `resume_reading`; what arrives is charged to the socket and closes the window."""
+        self._paused = True
+
+    def resume_reading(self) -> None:
+        """Give the protocol data again."""
+        if self._paused and not self._closing:
+            self._paused = False
+            self._loop.call_soon(self._wake, READABLE)
+
+    # -- state --
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Call `protocol` from now on."""
+        self._protocol = protocol
+        self._buffered = protocol if isinstance(protocol, asyncio.BufferedProtocol) else None
+        self._plain = cast("asyncio.Protocol", protocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """The protocol."""
+        return self._protocol
+
+    def is_closing(self) -> bool:
+        """Whether the transport is closed or about to be."""
+        return self._closing
+
+    def close(self) -> None:
+        """Read no more, send what waits, then close."""
+        if self._closing:
+            return
+        self._closing = True
+        if not self._waiting:
+            self._end(None, reset=False)
+
+    def abort(self) -> None:
+        """Close at once with a reset; what waits is lost."""
+        self._end(None, reset=True)
+
+
+class Server(asyncio.AbstractServer):
+    """A listening socket whose connections get a protocol each."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: Socket, factory: Callable[[], asyncio.BaseProtocol]) -> None:
+        self._loop = loop
+        self._sock: Socket | None = sock
+        self._factory = factory
+        self._closed: asyncio.Future[None] = loop.create_future()
+
+    @property
+    def sockets(self) -> tuple[Socket, ...]:
+        """The listening socket, while there is one."""
+        return () if self._sock is None else (self._sock,)
+
+    def accept_waiting(self, _: int = READABLE) -> None:
+        """Accept whatever waits. What a new protocol raises ends its connection, not the server."""
+        while self._sock is not None:
+            try:
+                accepted, _peer = self._sock.accept_nowait()
+            except BlockingIOError:
+                return
+            except OSError:
+                self.close()
+                return
+            try:
+                accepted.setsockopt(names.IPPROTO_TCP, names.TCP_NODELAY, 1)
+                StreamTransport(self._loop, accepted, self._factory()).start()
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # noqa: BLE001 (whatever a protocol raises must not reach the stack)
+                accepted.abort()
+                accepted.close()
+                self._loop.call_exception_handler({"message": "Error on a new connection", "exception": error})
+
+    def close(self) -> None:
+        """Listen no more. Connections that were accepted live on."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+            if not self._closed.done():
+                self._closed.set_result(None)
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that serves."""
+        return self._loop
+
+    def is_serving(self) -> bool:
+        """Whether connections are accepted."""
+        return self._sock is not None
+
+    async def start_serving(self) -> None:
+        """Nothing to do: a server serves from the start."""
+
+    async def serve_forever(self) -> None:
+        """Serve until cancelled or closed."""
+        try:
+            await asyncio.shield(self._closed)
+        finally:
+            self.close()
+
+    async def wait_closed(self) -> None:
+        """Wait until the server is closed."""
+        await asyncio.shield(self._closed)
+
+
+async def create_connection(
+    stack: SocketMaker,
+    protocol_factory: Callable[[], asyncio.BaseProtocol],
+    host: str,
+    port: int,
+    *,
+    local_addr: tuple[str, int] | None = None,
+    memalloc: bool = False,
+) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
+    """Connect to `host` and `port` over `stack` and give the connection to a protocol (`loop.create_connection`).
+
+    `memalloc` lets the socket use the reserve, from its SYN on. Raises what `Socket.connect` raises.
+    """
+    loop = asyncio.get_running_loop()
+    sock = stack.socket()
+    try:
+        sock.setsockopt(names.IPPROTO_TCP, names.TCP_NODELAY, 1)
+        sock.set_memalloc(memalloc)
+        if local_addr is not None:
+            sock.bind(local_addr)
+        await sock.connect((host, port))
+        protocol = protocol_factory()
+        transport = StreamTransport(loop, sock, protocol)
+        transport.start()
+    except BaseException:
+        sock.close()
+        raise
+    return transport, protocol
+
+
+async def create_server(
+    stack: SocketMaker,
+    protocol_factory: Callable[[], asyncio.BaseProtocol],
+    host: str | None,
+    port: int,
+    *,
+    backlog: int = 100,
+    reuse_address: bool = True,
+) -> Server:
+    """Listen on `host` (None: every address) and `port` (0: any) over `stack`; each connection gets a protocol (`loop.create_server`)."""
+    sock = stack.socket()
+    try:
+        sock.setsockopt(names.SOL_SOCKET, names.SO_REUSEADDR, reuse_address)
+        sock.bind((host or "", port))
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    server = Server(asyncio.get_running_loop(), sock, protocol_factory)
+    sock.watch(server.accept_waiting)
+    return server

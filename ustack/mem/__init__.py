@@ -1,0 +1,1 @@
+"""Who may use packet memory when it is short."""

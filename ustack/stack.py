@@ -1,0 +1,193 @@
+"""The stack: owns devices, pool, clock and counters, and wires the layers together.
+
+It can be driven in two ways. With asyncio: `async with stack:` starts the pump of every device. By hand, as the simulator does: `advance`
+moves the clock, `receive` takes what a device has. Everything in between is the same code.
+"""
+
+from __future__ import annotations
+
+import socket as names
+from ipaddress import IPv4Interface, ip_address, ip_interface, ip_network
+from random import Random, SystemRandom
+from typing import TYPE_CHECKING, Final
+
+from pools.arena import PAGE_SIZE, Arena
+from pools.base import by_name
+from pools.buddy import PageAllocator
+from ustack.aio.pump import Pump
+from ustack.aio.streams import open_connection, start_server
+from ustack.aio.transport import create_connection, create_server
+from ustack.drops import Drops
+from ustack.env import Env
+from ustack.mem.reserve import Reserve
+from ustack.mib import Mib
+from ustack.net.interface import Interface
+from ustack.net.ipv4 import Ipv4
+from ustack.skb import SkbMemory
+from ustack.socket import Socket
+from ustack.timers import Timers
+from ustack.transport.tcp.config import TcpConfig
+from ustack.transport.tcp.protocol import Tcp
+from ustack.transport.udp import Udp
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Awaitable, Callable
+    from typing import Any, Self
+
+    from ustack.link.device import Device
+
+DEFAULT_MEMORY: Final = 64 << 20
+"""Bytes of packet memory: room for a few connections at full autotuned size."""
+
+RX_BUDGET: Final = 64
+"""Frames that are received before answers are sent (the budget of NAPI)."""
+
+
+class Stack:
+    """A TCP/IP stack with its own packet memory.
+
+    `memory` is the size of the arena in bytes, `pool` the name of the pool that lays packets on it, `reserve` the bytes at its end that
+    only memalloc sockets may use (None: the page allocator's own default). `random` seeds ports, sequence numbers and identifiers:
+    leave it out except to repeat a run. Raises KeyError for a pool that does not exist, OSError when the memory cannot be had.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory: int = DEFAULT_MEMORY,
+        pool: str = "kmalloc",
+        reserve: int | None = None,
+        lock_memory: bool = False,
+        tcp: TcpConfig | None = None,
+        random: Random | None = None,
+        now: float = 0.0,
+    ) -> None:
+        pool_class = by_name(pool)
+        self.arena = Arena(max(memory // PAGE_SIZE, 1), lock=lock_memory)
+        self.pages = PageAllocator(self.arena, min_pages=None if reserve is None else reserve // PAGE_SIZE)
+        self.pool = pool_class(self.pages)
+        self.timers = Timers(now)
+        self.drops = Drops()
+        self.mib = Mib()
+        self.env = Env(self.timers, SkbMemory(self.pool), self.drops, self.mib, random or SystemRandom())
+        self.reserve = Reserve(self.env)
+        self.ip = Ipv4(self.env)
+        self.tcp = Tcp(self.env, self.ip, tcp or TcpConfig())
+        self.udp = Udp(self.env, self.ip)
+        self.interfaces: list[Interface] = []
+        self.pump = Pump(self)
+
+    # -- devices and addresses --
+
+    def add_interface(self, device: Device, address: str, gateway: str | None = None) -> Interface:
+        """Attach `device` with `address` ("10.0.0.2/24"), and route everything else through `gateway` if there is one.
+
+        Raises ValueError for an address that cannot be used, OSError ENOMEM when the receive ring cannot be filled.
+        """
+        own = ip_interface(address)
+        if not isinstance(own, IPv4Interface):
+            raise ValueError(f"{address}: IPv6 is not available yet")
+        interface = Interface(self.env, device, own.ip.packed, own.network.prefixlen)
+        device.attach(self.env.memory, self.drops, interface.input)
+        self.reserve.watch(device)
+        self.interfaces.append(interface)
+        self.ip.add_interface(interface)
+        if gateway is not None:
+            self.add_route("0.0.0.0/0", gateway)
+        self.pump.add(device)
+        return interface
+
+    def add_route(self, network: str, via: str, metric: int = 0) -> None:
+        """Send what is for `network` ("10.1.0.0/16") to the router `via`, which must be a neighbour of ours.
+
+        Raises ValueError, which says why, for a route that cannot work.
+        """
+        target = ip_network(network)
+        router = ip_address(via).packed
+        for interface in self.interfaces:
+            if interface.on_link(router):
+                self.ip.routes.add(target.network_address.packed, target.prefixlen, interface, router, metric)
+                return
+        raise ValueError(f"route {network} via {via}: {via} is on none of our networks")
+
+    # -- driven by hand --
+
+    def receive(self, device: Device) -> int:
+        """Process up to a batch of frames that wait in `device`, and send what follows from them; return how many there were."""
+        self.env.batching = True
+        count = device.poll(RX_BUDGET)
+        self.flush()
+        return count
+
+    def advance(self, now: float) -> None:
+        """Move the clock to `now` (seconds) and do what has come due."""
+        self.env.batching = True
+        self.timers.run(now)
+        self.flush()
+
+    def flush(self) -> None:
+        """End a batch: wake users, send what is owed."""
+        self.env.batching = True
+        self.tcp.flush()
+        self.udp.flush()
+        self.env.batching = False
+
+    def tick(self) -> None:
+        """Bring the clock up to date before a call that comes from outside a batch."""
+        self.pump.tick()
+
+    # -- for programs --
+
+    def socket(self, family: int = names.AF_INET, type: int = names.SOCK_STREAM) -> Socket:  # noqa: A002 (the name of the BSD call's argument)
+        """A new socket: AF_INET with SOCK_STREAM or SOCK_DGRAM. Raises OSError EAFNOSUPPORT or EPROTONOSUPPORT for others."""
+        return Socket(self, family, type)
+
+    async def create_connection(
+        self, protocol_factory: Callable[[], asyncio.BaseProtocol], host: str, port: int, **options: Any
+    ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
+        """Like `loop.create_connection`, over this stack; see `aio.transport.create_connection`."""
+        return await create_connection(self, protocol_factory, host, port, **options)
+
+    async def create_server(
+        self, protocol_factory: Callable[[], asyncio.BaseProtocol], host: str | None, port: int, **options: Any
+    ) -> asyncio.AbstractServer:
+        """Like `loop.create_server`, over this stack; see `aio.transport.create_server`."""
+        return await create_server(self, protocol_factory, host, port, **options)
+
+    async def open_connection(
+        self, host: str, port: int, **options: Any
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Like `asyncio.open_connection`, over this stack."""
+        return await open_connection(self, host, port, **options)
+
+    async def start_server(
+        self,
+        client_connected: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None],
+        host: str | None,
+        port: int,
+        **options: Any,
+    ) -> asyncio.AbstractServer:
+        """Like `asyncio.start_server`, over this stack; `host` None listens on every address."""
+        return await start_server(self, client_connected, host, port, **options)
+
+    # -- life --
+
+    async def __aenter__(self) -> Self:
+        """Start to receive, in the running event loop."""
+        self.pump.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close every connection with a reset, release the devices and the memory."""
+        self.close()
+
+    def close(self) -> None:
+        """Close everything at once. Sockets that are still open fail with ECONNABORTED."""
+        self.pump.stop()
+        self.tcp.close()
+        self.udp.close()
+        self.ip.close()
+        for interface in self.interfaces:
+            interface.device.close()
+        self.interfaces.clear()

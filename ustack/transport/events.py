@@ -1,0 +1,24 @@
+"""What a socket's user is told, and the directions that can be shut down."""
+
+from __future__ import annotations
+
+from typing import Final
+
+READABLE: Final = 1
+"""Data, a connection to accept, the end of the stream or an error has come (POLLIN)."""
+
+WRITABLE: Final = 2
+"""There is room to send, the connection is made, or an error has come (POLLOUT)."""
+
+SHUT_RD: Final = 1
+"""No more reading."""
+
+SHUT_WR: Final = 2
+"""No more writing."""
+
+ORPHAN: Final = 4
+"""Closed by its user: nobody will read or write any more."""
+
+
+def nobody(_: int) -> None:
+    """The `wake` of a socket whose user is gone, or has not come yet."""

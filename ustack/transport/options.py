@@ -1,0 +1,43 @@
+"""What a program sets on a socket, before and after it is connected. A listener's options are inherited by what it accepts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(slots=True)
+class SocketOptions:
+    """Socket options with the kernel's meanings (socket(7), ip(7), tcp(7)). A buffer size of 0 leaves the size to autotuning."""
+
+    rcvbuf: int = 0
+    """Receive limit in bytes of truesize, as it is in force (twice what SO_RCVBUF was given)."""
+    sndbuf: int = 0
+    """Send limit in bytes of truesize, as it is in force (twice what SO_SNDBUF was given)."""
+    reuseaddr: bool = False
+    reuseport: bool = False
+    broadcast: bool = False
+    keepalive: bool = False
+    keepidle: float = 0.0
+    """Seconds (TCP_KEEPIDLE); 0: as configured."""
+    keepintvl: float = 0.0
+    """Seconds (TCP_KEEPINTVL); 0: as configured."""
+    keepcnt: int = 0
+    """Probes (TCP_KEEPCNT); 0: as configured."""
+    linger: int = -1
+    """Seconds of SO_LINGER; -1: off; 0: closing resets."""
+    nodelay: bool = False
+    cork: bool = False
+    maxseg: int = 0
+    """Upper bound of the segment size in bytes (TCP_MAXSEG); 0: none."""
+    user_timeout: float = 0.0
+    """Seconds that sent data may stay unacknowledged (TCP_USER_TIMEOUT, RFC 5482); 0: as configured."""
+    syncnt: int = 0
+    """SYN retransmissions (TCP_SYNCNT); 0: as configured."""
+    tos: int = 0
+    ttl: int = 64
+    memalloc: bool = False
+    """May use the reserve (SOCK_MEMALLOC of the kernel, which has no option for it)."""
+
+    def copy(self) -> SocketOptions:
+        """The same options, for a socket that inherits them."""
+        return replace(self)

@@ -1,0 +1,380 @@
+"""The transmission control block (RFC 9293, section 3.3.1): all state of one connection, and the calls of its user.
+
+The user is told by `wake`, called with READABLE, WRITABLE or both when something changed; it then makes the non-blocking calls below.
+They raise what the BSD calls would: BlockingIOError when nothing can be done now, and OSError with the connection's error.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Final
+
+from pools.gfp import ATOMIC, MEMALLOC
+from ustack.link.device import ETH_HLEN
+from ustack.skb import Account
+from ustack.timers import Timer
+from ustack.transport.events import ORPHAN, READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
+from ustack.transport.tcp import output, timers
+from ustack.transport.tcp.congestion.newreno import NewReno
+from ustack.transport.tcp.inflight import Inflight
+from ustack.transport.tcp.receive_queue import ReceiveQueue
+from ustack.transport.tcp.recovery import Recovery
+from ustack.transport.tcp.rtt import RttEstimator
+from ustack.transport.tcp.send_queue import SendQueue
+from ustack.transport.tcp.states import CAN_SEND, FOLLOWERS, SENDS_FIN, State
+from ustack.wire.tcp import HEADER_LEN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ustack.net.path import Path
+    from ustack.skb import Buffer
+    from ustack.transport.options import SocketOptions
+    from ustack.transport.tcp.congestion.base import CongestionControl
+    from ustack.transport.tcp.listener import Listener
+    from ustack.transport.tcp.protocol import Tcp
+
+QUICK_ACKS: Final = 16
+"""Segments that are acknowledged at once when a connection starts, so that the peer leaves slow start soon (TCP_MAX_QUICKACKS)."""
+
+RATIO_UNIT: Final = 256
+"""`win_ratio` counts in 256ths."""
+
+RATIO_INITIAL: Final = 128
+"""Payload per truesize that is assumed until segments have been seen: one half, as Linux (tcp_adv_win_scale = 1)."""
+
+
+class Connection:
+    """One TCP connection. Sequence numbers are unwrapped; sizes are bytes, times seconds.
+
+    Send sequence variables: `iss snd_una snd_nxt snd_wnd snd_wl1 snd_wl2`; receive: `irs rcv_nxt`, `rcv_wup` (RCV.NXT when we last
+    acknowledged) and `rcv_adv` (the right edge of the window that we advertised, which never moves left).
+    """
+
+    __slots__ = (
+        "ack_due",
+        "adv_mss",
+        "cc",
+        "challenge_at",
+        "delack_timer",
+        "error",
+        "fin_seq",
+        "inflight",
+        "irs",
+        "iss",
+        "keepalive_timer",
+        "key",
+        "last_ack_sent",
+        "last_received",
+        "last_sent",
+        "listener",
+        "max_window",
+        "mss",
+        "mtu",
+        "nagle_end",
+        "options",
+        "path",
+        "peer_mss",
+        "pending",
+        "persist_shift",
+        "pingpong",
+        "probes",
+        "quick_acks",
+        "rcv_adv",
+        "rcv_mss",
+        "rcv_nxt",
+        "rcv_rtt",
+        "rcv_wscale",
+        "rcv_wup",
+        "rcvbuf",
+        "rcvq_seq",
+        "rcvq_space",
+        "rcvq_time",
+        "receive_queue",
+        "recovery",
+        "retransmit_timer",
+        "retries",
+        "rtt",
+        "sack_ok",
+        "send_queue",
+        "shutdown_mask",
+        "snd_nxt",
+        "snd_una",
+        "snd_wl1",
+        "snd_wl2",
+        "snd_wnd",
+        "snd_wscale",
+        "sndbuf",
+        "soft_error",
+        "state",
+        "tcp",
+        "ts_offset",
+        "ts_ok",
+        "ts_recent",
+        "ts_recent_at",
+        "wake",
+        "wake_mask",
+        "win_ratio",
+        "write_blocked",
+    )
+
+    def __init__(self, tcp: Tcp, path: Path, key: bytes, options: SocketOptions) -> None:
+        env = tcp.env
+        config = tcp.config
+        now = env.timers.now
+        self.tcp = tcp
+        self.path = path
+        self.key = key
+        self.options = options
+        self.state = State.CLOSE
+        self.listener: Listener | None = None
+        self.error = 0
+        self.soft_error = 0
+        self.shutdown_mask = 0
+        self.wake: Callable[[int], None] = nobody
+        self.wake_mask = 0
+        self.pending = False
+        self.write_blocked = False
+
+        self.iss = tcp.isn.isn(key, now)
+        self.snd_una = self.iss
+        self.snd_nxt = self.iss
+        self.snd_wnd = 0
+        self.snd_wl1 = 0
+        self.snd_wl2 = 0
+        self.snd_wscale = 0
+        self.max_window = 0
+        self.nagle_end = self.iss
+        self.irs = 0
+        self.rcv_nxt = 0
+        self.rcv_wup = 0
+        self.rcv_adv = 0
+        self.rcv_wscale = 0
+        self.fin_seq = -1
+
+        self.mtu = path.mtu
+        self.adv_mss = path.mtu - path.l4 + ETH_HLEN - HEADER_LEN
+        self.peer_mss = 536
+        self.mss = 536
+        self.sack_ok = False
+        self.ts_ok = False
+        self.ts_offset = tcp.isn.timestamp_offset(key)
+        self.ts_recent = 0
+        self.ts_recent_at = now
+        self.last_ack_sent = 0
+
+        self.ack_due = output.ACK_NONE
+        self.quick_acks = QUICK_ACKS
+        self.pingpong = False
+        self.last_received = now
+        self.last_sent = now
+        self.challenge_at = 0.0
+        self.rcv_mss = 536
+        self.win_ratio = RATIO_INITIAL
+        self.rcvbuf = options.rcvbuf or config.rmem_default
+        self.sndbuf = options.sndbuf or config.wmem_default
+        self.rcvq_space = config.initial_window * 536
+        self.rcvq_seq = 0
+        self.rcvq_time = now
+        self.rcv_rtt = 0.0
+
+        self.rtt = RttEstimator(config)
+        self.cc: CongestionControl = NewReno(self.mss, config.initial_window)
+        self.recovery = Recovery()
+        self.inflight = Inflight()
+        self.retries = 0
+        self.probes = 0
+        self.persist_shift = 0
+        self.send_queue = SendQueue(env.memory, Account("send", tcp.send_account), self.iss + 1)
+        self.receive_queue = ReceiveQueue(
+            env.memory, Account("receive", tcp.receive_account), Account("out of order", tcp.ofo_account), 0
+        )
+        self.retransmit_timer = Timer(lambda: timers.on_retransmit_timer(self))
+        self.delack_timer = Timer(lambda: timers.on_delack_timer(self))
+        self.keepalive_timer = Timer(lambda: timers.on_keepalive_timer(self))
+
+    # -- names --
+
+    @property
+    def local(self) -> tuple[bytes, int]:
+        """Our address (packed) and port."""
+        return self.path.src, int.from_bytes(self.key[-2:])
+
+    @property
+    def remote(self) -> tuple[bytes, int]:
+        """The peer's address (packed) and port."""
+        return self.path.dst, int.from_bytes(self.key[-4:-2])
+
+    @property
+    def memalloc(self) -> bool:
+        """Whether the connection may use the reserve."""
+        return self.options.memalloc
+
+    @property
+    def gfp(self) -> int:
+        """What this connection's allocations may do."""
+        return MEMALLOC if self.options.memalloc else ATOMIC
+
+    # -- state --
+
+    def enter(self, state: State) -> None:
+        """Change the state; only as figure 5 of RFC 9293 allows."""
+        assert state in FOLLOWERS[self.state], (self.state.name, state.name)
+        self.state = state
+
+    @property
+    def synchronized(self) -> bool:
+        """Whether both sides know each other's sequence numbers."""
+        return self.state not in (State.CLOSE, State.LISTEN, State.SYN_SENT, State.SYN_RECV)
+
+    @property
+    def orphan(self) -> bool:
+        """Whether the user has closed the connection."""
+        return self.shutdown_mask & ORPHAN != 0
+
+    def notify(self, mask: int) -> None:
+        """Remember what to tell the user at the next flush."""
+        self.wake_mask |= mask
+        if not self.pending:
+            self.tcp.schedule(self)
+
+    def fail(self, error: int) -> None:
+        """The connection is over, with errno `error` (0: in order). Tells the user and releases everything but unread data."""
+        if error and not self.error:
+            self.error = error
+        self.tcp.forget(self)
+        self.shutdown_mask |= SHUT_RD | SHUT_WR
+        self.notify(READABLE | WRITABLE)
+
+    # -- what the user calls --
+
+    def send(self, data: Buffer, *, more: bool = False) -> int:
+        """Queue bytes of `data` and send what may be sent; return how many were taken. `more` follows at once: do not send yet (MSG_MORE).
+
+        Raises BlockingIOError when not one byte can be taken now, BrokenPipeError after a shutdown, or the connection's error.
+        """
+        self.raise_error()
+        if self.shutdown_mask & SHUT_WR or self.state not in CAN_SEND:
+            if self.state in (State.SYN_SENT, State.SYN_RECV):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
+        if not view:
+            return 0
+        queue = self.send_queue
+        taken = queue.append(view, self.sndbuf, self.gfp)
+        if taken:
+            complete = taken == len(view)
+            if not (more and complete):
+                output.push(self)
+            if complete:
+                return taken
+        self.write_blocked = True
+        if queue.account.bytes < self.sndbuf:
+            self.tcp.wait_for_memory(self)
+        if not taken:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return taken
+
+    @property
+    def writable(self) -> bool:
+        """Whether `send` would take a fair amount of data or say an error at once (poll's POLLOUT; sk_stream_is_writeable)."""
+        if self.error or self.shutdown_mask & SHUT_WR:
+            return True
+        return self.state in CAN_SEND and self.send_queue.account.bytes * 3 < self.sndbuf * 2
+
+    @property
+    def readable(self) -> bool:
+        """Whether `recv` would give data, end of file or an error at once (poll's POLLIN)."""
+        return bool(self.receive_queue.queue or self.error or self.at_end)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether no more data can come."""
+        return self.shutdown_mask & SHUT_RD != 0 or (0 <= self.fin_seq < self.rcv_nxt)
+
+    def recv(self, limit: int) -> bytes:
+        """Take up to `limit` bytes; b"" at the end of the stream. Raises BlockingIOError or the connection's error."""
+        queue = self.receive_queue
+        available = queue.available(self.rcv_nxt - (0 <= self.fin_seq < self.rcv_nxt))
+        if available and limit:
+            data = queue.read(limit, available)
+            output.after_read(self)
+            return data
+        self._raise_nothing_to_read(limit)
+        return b""
+
+    def recv_into(self, target: memoryview, *, peek: bool = False) -> int:
+        """Like `recv`, into a writable view of bytes; returns how many, 0 at the end of the stream. `peek` leaves them queued."""
+        queue = self.receive_queue
+        if queue.queue and target:
+            done = queue.read_into(target, peek=peek)
+            if not peek:
+                output.after_read(self)
+            return done
+        self._raise_nothing_to_read(len(target))
+        return 0
+
+    def _raise_nothing_to_read(self, limit: int) -> None:
+        if self.receive_queue.queue and not limit:
+            return
+        self.raise_error()
+        if not self.at_end and limit:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def raise_error(self) -> None:
+        """Raise the pending error, once (SO_ERROR's clearing read)."""
+        if self.error:
+            error = self.take_error()
+            raise OSError(error, os.strerror(error))
+
+    def take_error(self) -> int:
+        """The pending errno, or 0; it is cleared by being read (SO_ERROR)."""
+        error = self.error
+        self.error = 0
+        return error
+
+    def shutdown(self, how: int) -> None:
+        """Close the directions `how` (SHUT_RD, SHUT_WR or both; shutdown(2)). Raises ENOTCONN when there is no connection."""
+        if self.state in (State.CLOSE, State.SYN_SENT):
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        if how & SHUT_WR and not self.shutdown_mask & SHUT_WR:
+            self.shutdown_mask |= SHUT_WR
+            self._send_fin()
+        if how & SHUT_RD:
+            self.shutdown_mask |= SHUT_RD
+            self.notify(READABLE)
+
+    def _send_fin(self) -> None:
+        if self.state in SENDS_FIN:
+            self.enter(SENDS_FIN[self.state])
+            output.push(self)
+
+    def close(self) -> None:
+        """The user is done (close(2)): the stack finishes in order, or resets when data was left unread (RFC 9293, 3.6; RFC 2525, 2.17)."""
+        self.wake = nobody
+        unread = bool(self.receive_queue.queue)
+        self.receive_queue.clear()
+        self.shutdown_mask |= SHUT_RD | ORPHAN
+        if self.state is State.CLOSE:
+            self.send_queue.clear()
+            return
+        if self.state is State.SYN_SENT:
+            self.fail(0)
+        elif unread or self.options.linger == 0:
+            self.abort(0)
+        else:
+            if not self.shutdown_mask & SHUT_WR:
+                self.shutdown_mask |= SHUT_WR
+                self._send_fin()
+            if self.state is State.FIN_WAIT2:
+                timers.start_fin_wait2(self)
+
+    def abort(self, error: int) -> None:
+        """Reset the connection; the user gets errno `error` (0: none)."""
+        if self.synchronized or self.state is State.SYN_RECV:
+            output.send_reset(self)
+        if self.state is not State.CLOSE:
+            self.fail(error)
+

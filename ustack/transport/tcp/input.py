@@ -1,0 +1,509 @@
+"""SEGMENT ARRIVES (RFC 9293, section 3.10.7), in the RFC's order: sequence number, RST, SYN, ACK, data, FIN.
+
+With the robustness of RFC 5961 (challenge ACKs), PAWS (RFC 7323, section 5) and the acknowledgment policy of RFC 5681, section 4.2.
+Nothing is sent from here but resets and challenge ACKs: what is owed is noted, and sent when the batch is flushed.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+from ustack.drops import DropReason
+from ustack.transport.events import ORPHAN, READABLE, SHUT_RD, SHUT_WR, WRITABLE
+from ustack.transport.tcp import output, timers
+from ustack.transport.tcp.output import ACK_DELAYED, ACK_NONE, ACK_NOW, MASK32
+from ustack.transport.tcp.states import CAN_RECEIVE, FIN_ACKED, RECEIVES_FIN, State
+from ustack.wire.tcp import ACK, FIN, RST, SYN, WSCALE_MAX
+
+if TYPE_CHECKING:
+    from ustack.link.rxring import RxFrame
+    from ustack.transport.tcp.connection import Connection
+    from ustack.wire.tcp import TcpOptions
+
+HALF: Final = 1 << 31
+PAWS_EXPIRES: Final = 24 * 86400.0
+"""Seconds after which a remembered timestamp proves nothing any more (RFC 7323, section 5.5)."""
+
+DELACK_PINGPONG_SEGMENTS: Final = 2
+"""Full segments that may arrive per acknowledgment (RFC 9293, section 3.8.6.3)."""
+
+RATIO_MIN: Final = 32
+RATIO_MAX: Final = 240
+"""Bounds of `win_ratio`, in 256ths: however small or large segments are, the window stays within them."""
+
+
+def unwrap(wire: int, near: int) -> int:
+    """The sequence number that is `wire` modulo 2**32 and closest to `near`."""
+    return near + ((wire - near + HALF) & MASK32) - HALF
+
+
+class ArrivingSegment:
+    """A segment as it arrives, parsed: one object per stack, filled for each. `seq` and `ack` are as on the wire.
+
+    The payload is `frame`'s bytes `offset .. offset+length`.
+    """
+
+    __slots__ = ("ack", "flags", "frame", "length", "offset", "options", "seq", "window")
+
+    frame: RxFrame
+    options: TcpOptions | None
+
+    def __init__(self) -> None:
+        self.seq = 0
+        self.ack = 0
+        self.flags = 0
+        self.window = 0
+        self.offset = 0
+        self.length = 0
+        self.options = None
+
+
+def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | None:
+    """Process one segment for `conn`. Returns why it was dropped, or None when it was of use."""
+    if conn.state is State.SYN_SENT:
+        return _in_syn_sent(conn, segment)
+    flags = segment.flags
+    seq = unwrap(segment.seq, conn.rcv_nxt)
+    length = segment.length
+    end = seq + length
+    rcv_nxt = conn.rcv_nxt
+    options = segment.options
+
+    # First, PAWS and the sequence number. The test is Linux's (tcp_sequence): what the peer may have sent before it saw our last
+    # acknowledgment is let in, so that ACKs overtaken by data do not draw answers.
+    age = -1
+    if conn.ts_ok and options is not None and options.ts_val >= 0:
+        age = (options.ts_val - conn.ts_recent) & MASK32
+        if age >= HALF and not flags & RST and conn.tcp.env.timers.now - conn.ts_recent_at < PAWS_EXPIRES:
+            _duplicate_ack(conn)
+            return DropReason.TCP_RFC7323_PAWS
+    if seq > max(conn.rcv_adv, rcv_nxt) or end + (flags & FIN) + bool(flags & SYN) < conn.rcv_wup:
+        return _unacceptable(conn, segment, seq, end)
+
+    # Second, RST (RFC 5961, section 3).
+    if flags & RST:
+        if seq != rcv_nxt:
+            output.send_challenge_ack(conn)
+            return DropReason.TCP_RESET
+        _on_reset(conn)
+        return None
+
+    # Fourth, SYN (RFC 5961, section 4).
+    if flags & SYN:
+        if conn.state is not State.SYN_RECV or seq != conn.irs:
+            output.send_challenge_ack(conn)
+            return DropReason.TCP_INVALID_SYN
+        if not flags & ACK:
+            output.send_syn(conn)  # the peer's SYN again: our SYN-ACK was lost
+            return DropReason.TCP_OLD_DATA
+        seq += 1  # the SYN-ACK of a simultaneous open: its ACK is what we wait for
+        end += 1
+
+    # Fifth, ACK.
+    if not flags & ACK:
+        return DropReason.TCP_FLAGS
+    if 0 <= age < HALF and seq <= conn.last_ack_sent and options is not None:
+        conn.ts_recent = options.ts_val
+        conn.ts_recent_at = conn.tcp.env.timers.now
+    reason = _process_ack(conn, segment, seq)
+    if reason is not None or conn.state is State.CLOSE:
+        return reason
+    conn.last_received = conn.tcp.env.timers.now
+
+    # Seventh and eighth, data and FIN.
+    if length or flags & FIN:
+        return _process_data(conn, segment, seq, end)
+    return None
+
+
+def _unacceptable(conn: Connection, segment: ArrivingSegment, seq: int, end: int) -> DropReason:
+    """A segment that lies outside the receive window: acknowledge, so that the peer knows where we are (RFC 9293, 3.10.7.4)."""
+    flags = segment.flags
+    if flags & RST:
+        return DropReason.TCP_RESET
+    if flags & SYN:
+        output.send_challenge_ack(conn)
+        return DropReason.TCP_INVALID_SYN
+    if flags & ACK and seq < conn.rcv_nxt and end <= conn.rcv_nxt:
+        # Old data or a keepalive, but its acknowledgment may be news: without this, two full windows would wait for each other.
+        _process_ack(conn, segment, seq)
+        if conn.state is State.CLOSE:
+            return DropReason.TCP_CLOSE
+    _duplicate_ack(conn)
+    if seq >= conn.rcv_adv:
+        return DropReason.TCP_ZEROWINDOW if conn.rcv_adv == conn.rcv_nxt else DropReason.TCP_OVERWINDOW
+    return DropReason.TCP_OLD_DATA
+
+
+def _duplicate_ack(conn: Connection) -> None:
+    conn.ack_due = ACK_NOW
+    if not conn.pending:
+        conn.tcp.schedule(conn)
+
+
+def _on_reset(conn: Connection) -> None:
+    """The peer has reset the connection (RFC 9293, section 3.10.7.4, second)."""
+    mib = conn.tcp.env.mib
+    if conn.state is State.SYN_RECV:
+        mib.TcpAttemptFails += 1
+        conn.fail(errno.ECONNREFUSED)
+        return
+    if conn.state in (State.ESTABLISHED, State.CLOSE_WAIT):
+        mib.TcpEstabResets += 1
+    conn.fail(errno.EPIPE if conn.state is State.CLOSE_WAIT else errno.ECONNRESET)
+
+
+# -- opening --
+
+
+def accept_syn(conn: Connection, segment: ArrivingSegment) -> None:
+    """Take the peer's SYN or SYN-ACK: its sequence number and its options (RFC 7323, RFC 2018, RFC 6691)."""
+    options = segment.options
+    config = conn.tcp.config
+    conn.irs = segment.seq
+    conn.rcv_nxt = conn.rcv_wup = conn.irs + 1
+    conn.rcv_adv = conn.rcv_nxt + output.syn_window(conn)
+    conn.receive_queue.copied_seq = conn.rcvq_seq = conn.rcv_nxt
+    conn.snd_wnd = segment.window
+    conn.max_window = segment.window
+    conn.snd_wl1 = conn.irs
+    conn.snd_wscale = -1
+    if options is not None:
+        if options.mss >= 0:
+            conn.peer_mss = options.mss
+        if options.wscale >= 0 and config.window_scaling:
+            conn.snd_wscale = min(options.wscale, WSCALE_MAX)
+        conn.sack_ok = options.sack_permitted and config.sack
+        if options.ts_val >= 0 and config.timestamps:
+            conn.ts_ok = True
+            conn.ts_recent = options.ts_val
+            conn.ts_recent_at = conn.tcp.env.timers.now
+    if conn.snd_wscale < 0:
+        conn.rcv_wscale = 0
+    output.sync_mss(conn)
+    conn.rcv_mss = min(conn.mss, conn.adv_mss)
+    conn.cc.cwnd = conn.tcp.config.initial_window * conn.mss
+    conn.rcvq_space = conn.tcp.config.initial_window * conn.adv_mss
+    if not conn.options.rcvbuf:
+        # Room for the initial window of a peer whose frames are as large as ours may be (tcp_init_buffer_space).
+        conn.rcvbuf = max(conn.rcvbuf, min(4 * conn.rcvq_space, config.rmem_max))
+
+
+def _in_syn_sent(conn: Connection, segment: ArrivingSegment) -> DropReason | None:
+    """RFC 9293, section 3.10.7.3."""
+    flags = segment.flags
+    env = conn.tcp.env
+    ack = unwrap(segment.ack, conn.snd_nxt)
+    if flags & ACK and ack != conn.snd_nxt:
+        if not flags & RST:
+            conn.tcp.reset_stray(conn)
+        return DropReason.TCP_INVALID_ACK
+    if flags & RST:
+        if not flags & ACK:
+            return DropReason.TCP_RESET
+        env.mib.TcpAttemptFails += 1
+        conn.fail(errno.ECONNREFUSED)
+        return None
+    if not flags & SYN:
+        return DropReason.TCP_FLAGS
+    accept_syn(conn, segment)
+    if flags & ACK:
+        conn.snd_una = ack
+        conn.snd_wl2 = ack
+        conn.enter(State.ESTABLISHED)
+        _established(conn)
+        conn.ack_due = ACK_NOW
+        if segment.length or flags & FIN:
+            seq = conn.rcv_nxt
+            return _process_data(conn, segment, seq, seq + segment.length)
+        return None
+    # Simultaneous open.
+    conn.enter(State.SYN_RECV)
+    output.send_syn(conn)
+    return None
+
+
+def _established(conn: Connection) -> None:
+    """The three-way handshake is done: start the clocks and tell the user."""
+    env = conn.tcp.env
+    now = env.timers.now
+    conn.retransmit_timer.cancel()
+    if conn.retries:
+        conn.rtt.backoff_shift = 0
+    else:
+        conn.rtt.on_sample(now - conn.last_sent)
+    conn.rcv_rtt = max(conn.rtt.srtt, 0.001)
+    conn.retries = 0
+    conn.last_received = now
+    conn.rcvq_time = now
+    conn.nagle_end = conn.snd_una
+    conn.recovery.point = conn.snd_una
+    timers.start_keepalive(conn)
+    conn.path.neighbour.confirm()
+    if not conn.options.sndbuf:
+        conn.sndbuf = max(conn.sndbuf, 4 * conn.cc.cwnd)
+    if conn.listener is not None:
+        conn.listener.on_established(conn)
+    conn.notify(WRITABLE)
+
+
+# -- acknowledgments --
+
+
+def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropReason | None:
+    una = conn.snd_una
+    ack = unwrap(segment.ack, una)
+    if conn.state is State.SYN_RECV:
+        if ack != conn.snd_nxt:
+            conn.tcp.reset_stray(conn)
+            return DropReason.TCP_INVALID_ACK
+        conn.snd_una = una = ack
+        conn.snd_wnd = segment.window << max(conn.snd_wscale, 0)
+        conn.max_window = max(conn.max_window, conn.snd_wnd)
+        conn.snd_wl1 = seq
+        conn.snd_wl2 = ack
+        conn.enter(State.ESTABLISHED)
+        _established(conn)
+        if conn.error or conn.key not in conn.tcp.connections:  # the listener had no room
+            return DropReason.LISTEN_OVERFLOW
+    if ack > conn.snd_nxt or ack < una - conn.max_window:
+        output.send_challenge_ack(conn)
+        return DropReason.TCP_INVALID_ACK
+
+    env = conn.tcp.env
+    inflight = conn.inflight
+    now = env.timers.now
+    newly_sacked = 0
+    sent_at = -1.0
+    options = segment.options
+    if options is not None and options.sack and conn.sack_ok:
+        for left_wire, right_wire in options.sack:
+            left = unwrap(left_wire, una)
+            right = unwrap(right_wire, una)
+            # A block at or below SND.UNA is a D-SACK or old; one beyond what was sent is a lie.
+            if max(una, ack) <= left < right <= conn.snd_nxt:
+                newly, at = inflight.on_sack(left, right)
+                newly_sacked += newly
+                sent_at = max(sent_at, at)
+    window_changed = _update_window(conn, segment, seq, ack)
+    if ack <= una:
+        if not inflight.segments:
+            if conn.persist_shift or conn.probes:
+                conn.probes = 0
+                if not conn.retransmit_timer.pending:
+                    conn.persist_shift = 0
+            _ask_for_output(conn, window_changed)
+            return None
+        duplicate = newly_sacked > 0 if conn.sack_ok else (ack == una and not segment.length and not window_changed)
+        if duplicate:
+            conn.recovery.on_ack(conn, 0, duplicate=True)
+            _ask_for_output(conn, True)
+        else:
+            _ask_for_output(conn, window_changed)
+        return None
+
+    acked = ack - una
+    conn.snd_una = ack
+    at = inflight.on_ack(ack)
+    if at >= 0:
+        sent_at = max(sent_at, at)
+    if sent_at >= 0:
+        conn.rtt.on_sample(max(now - sent_at, 0.0))
+    conn.retries = 0
+    conn.probes = 0
+    conn.persist_shift = 0
+    queue = conn.send_queue
+    queue.release(ack)
+    conn.recovery.on_ack(conn, acked, duplicate=False)
+    if inflight.segments:
+        env.timers.set(conn.retransmit_timer, now + conn.rtt.rto)
+    else:
+        conn.retransmit_timer.cancel()
+        conn.rtt.backoff_shift = 0
+    conn.path.neighbour.confirm()
+    if not conn.options.sndbuf:
+        _grow_send_limit(conn)
+    if conn.write_blocked and queue.account.bytes * 3 < conn.sndbuf * 2:
+        conn.write_blocked = False
+        conn.notify(WRITABLE)
+    if conn.state in FIN_ACKED and ack > queue.end:
+        _fin_acked(conn)
+        if conn.state in (State.CLOSE, State.TIME_WAIT):
+            return None
+    _ask_for_output(conn, True)
+    return None
+
+
+def _update_window(conn: Connection, segment: ArrivingSegment, seq: int, ack: int) -> bool:
+    """RFC 9293, section 3.10.7.4, fifth: only newer segments change the window. Returns whether it changed."""
+    if conn.snd_wl1 < seq or (conn.snd_wl1 == seq and conn.snd_wl2 <= ack):
+        window = segment.window << max(conn.snd_wscale, 0)
+        conn.snd_wl1 = seq
+        conn.snd_wl2 = ack
+        if window != conn.snd_wnd:
+            if conn.snd_wnd < conn.mss <= window and not conn.inflight.segments:
+                conn.retransmit_timer.cancel()  # the persist timer: the window is open
+                conn.persist_shift = 0
+            conn.snd_wnd = window
+            conn.max_window = max(conn.max_window, window)
+            return True
+    return False
+
+
+def _ask_for_output(conn: Connection, wanted: bool) -> None:
+    if wanted and not conn.pending:
+        end = conn.send_queue.end
+        if conn.snd_nxt < end or conn.inflight.lost or (conn.snd_nxt == end and conn.shutdown_mask & SHUT_WR):
+            conn.tcp.schedule(conn)
+
+
+def _grow_send_limit(conn: Connection) -> None:
+    """Let the send queue hold twice the congestion window (tcp_sndbuf_expand)."""
+    wanted = min(2 * conn.cc.cwnd + (conn.cc.cwnd >> 1), conn.tcp.config.wmem_max)
+    conn.sndbuf = max(conn.sndbuf, wanted)
+
+
+def _fin_acked(conn: Connection) -> None:
+    state = FIN_ACKED[conn.state]
+    if state is State.CLOSE:
+        conn.fail(0)
+    elif state is State.TIME_WAIT:
+        conn.tcp.enter_time_wait(conn)
+    else:
+        conn.enter(state)
+        if conn.orphan:
+            timers.start_fin_wait2(conn)
+
+
+# -- data --
+
+
+def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int) -> DropReason | None:
+    env = conn.tcp.env
+    fin = bool(segment.flags & FIN)
+    if conn.state not in CAN_RECEIVE:
+        _duplicate_ack(conn)
+        return DropReason.TCP_CLOSE if segment.length else None
+    rcv_nxt = conn.rcv_nxt
+    if end > rcv_nxt and conn.shutdown_mask & SHUT_RD and (conn.shutdown_mask & ORPHAN or conn.state is not State.ESTABLISHED):
+        # Nobody will ever read this: say so (RFC 9293, section 3.6.1; RFC 2525, section 2.17).
+        conn.abort(errno.ECONNRESET)
+        return DropReason.SOCKET_SHUTDOWN
+    offset = segment.offset
+    if end > conn.rcv_adv:
+        end = conn.rcv_adv
+        fin = False
+    if conn.fin_seq >= 0 and end > conn.fin_seq:
+        end = conn.fin_seq
+    if fin and conn.fin_seq < 0:
+        conn.fin_seq = end
+    queue = conn.receive_queue
+    if seq > rcv_nxt:
+        if end <= seq:
+            _duplicate_ack(conn)  # a FIN out of order, remembered
+            return None
+        return _out_of_order(conn, segment, offset, seq, end)
+    if seq < rcv_nxt:
+        offset += rcv_nxt - seq
+        seq = rcv_nxt
+    size = end - seq
+    if size > 0:
+        reason = _make_room(conn)
+        if reason is None and not queue.put(segment.frame, offset, size, seq, conn.gfp):
+            if queue.ofo:
+                env.mib.TcpExtTCPRcvPruned += 1
+                queue.prune_out_of_order()
+            reason = None if queue.put(segment.frame, offset, size, seq, conn.gfp) else DropReason.NOMEM
+        if reason is not None:
+            if conn.fin_seq == end:
+                conn.fin_seq = -1
+            _duplicate_ack(conn)
+            return reason
+        conn.rcv_nxt = rcv_nxt = end
+        _measure(conn, segment, size)
+        if queue.ofo:
+            conn.rcv_nxt = rcv_nxt = queue.advance(rcv_nxt)
+            conn.ack_due = ACK_NOW  # a hole is filled: tell at once (RFC 5681, section 4.2)
+        conn.notify(READABLE)
+        _schedule_ack(conn)
+    if conn.fin_seq == rcv_nxt:
+        _on_fin(conn)
+    elif size <= 0:
+        _duplicate_ack(conn)
+        return DropReason.TCP_ZEROWINDOW if seq == conn.rcv_adv else DropReason.TCP_OLD_DATA
+    return None
+
+
+def _make_room(conn: Connection) -> DropReason | None:
+    """Over the receive limit, give up out-of-order data first (tcp_prune_queue); None when there is room."""
+    queue = conn.receive_queue
+    if queue.truesize <= conn.rcvbuf or not queue.truesize:
+        return None
+    if queue.ofo:
+        conn.tcp.env.mib.TcpExtTCPRcvPruned += 1
+        queue.prune_out_of_order()
+        if queue.truesize <= conn.rcvbuf:
+            return None
+    return DropReason.SOCKET_RCVBUFF
+
+
+def _out_of_order(conn: Connection, segment: ArrivingSegment, offset: int, seq: int, end: int) -> DropReason | None:
+    queue = conn.receive_queue
+    env = conn.tcp.env
+    _duplicate_ack(conn)
+    if queue.truesize > conn.rcvbuf:
+        return DropReason.SOCKET_RCVBUFF
+    kept = queue.put_out_of_order(segment.frame, offset, seq, end, conn.gfp)
+    if kept is None:
+        return DropReason.TCP_OLD_DATA
+    if not kept:
+        return DropReason.NOMEM
+    env.mib.TcpExtTCPOFOQueue += 1
+    return None
+
+
+def _measure(conn: Connection, segment: ArrivingSegment, size: int) -> None:
+    """Learn the peer's segment size, what its segments cost us in truesize, and the round trip as the receiver sees it."""
+    frame = segment.frame
+    mss = frame.gso_size or size
+    if mss > conn.rcv_mss:
+        conn.rcv_mss = min(mss, conn.adv_mss)
+    if size >= conn.rcv_mss:
+        skb = conn.receive_queue.queue[-1]
+        ratio = min(max(((skb.end_seq - skb.seq) << 8) // skb.truesize, RATIO_MIN), RATIO_MAX)
+        conn.win_ratio += (ratio - conn.win_ratio) >> 3 if ratio < conn.win_ratio else (ratio - conn.win_ratio + 7) >> 3
+        options = segment.options
+        if conn.ts_ok and options is not None and options.ts_ecr > 0:
+            delta = ((int(conn.tcp.env.timers.now * 1000) + conn.ts_offset - options.ts_ecr) & MASK32) / 1000
+            if delta < 60:
+                conn.rcv_rtt += (max(delta, 0.001) - conn.rcv_rtt) / 8
+
+
+def _schedule_ack(conn: Connection) -> None:
+    """Decide when to acknowledge data that arrived in order (RFC 9293, section 3.8.6.3; RFC 5681, section 4.2)."""
+    if conn.ack_due == ACK_NOW:
+        return
+    if conn.quick_acks and not conn.pingpong:
+        conn.quick_acks -= 1
+        conn.ack_due = ACK_NOW
+    elif conn.rcv_nxt - conn.rcv_wup >= DELACK_PINGPONG_SEGMENTS * conn.rcv_mss:
+        conn.ack_due = ACK_NOW
+    elif conn.ack_due == ACK_NONE:
+        conn.ack_due = ACK_DELAYED
+        timers_ = conn.tcp.env.timers
+        timers_.set(conn.delack_timer, timers_.now + conn.tcp.config.delack)
+
+
+def _on_fin(conn: Connection) -> None:
+    """The peer's FIN is next in sequence (RFC 9293, section 3.10.7.4, eighth)."""
+    conn.rcv_nxt += 1
+    conn.rcv_adv = max(conn.rcv_adv, conn.rcv_nxt)
+    _duplicate_ack(conn)
+    conn.receive_queue.prune_out_of_order()
+    state = RECEIVES_FIN[conn.state]
+    conn.notify(READABLE)
+    if state is State.TIME_WAIT:
+        conn.tcp.enter_time_wait(conn)
+    else:
+        conn.enter(state)

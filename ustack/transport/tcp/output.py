@@ -1,0 +1,407 @@
+"""What may be sent now, and how a segment is built (RFC 9293, sections 3.8 and 3.10.2; RFC 1122, section 4.2.3.4).
+
+Segments are cut late: only here, from the bytes of the send queue, as long as window, congestion window and device allow, up to a
+super-frame of 64 KiB that the device cuts into segments of the MSS.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from ustack.link.device import ETH_HLEN
+from ustack.timers import NEVER
+from ustack.transport.events import SHUT_WR
+from ustack.transport.tcp.inflight import Segment
+from ustack.transport.tcp.recovery import Phase
+from ustack.transport.tcp.states import State
+from ustack.wire.tcp import (
+    ACK,
+    FIN,
+    HEADER,
+    HEADER_LEN,
+    OFF_CSUM,
+    PSH,
+    RST,
+    SYN,
+    TS,
+    TS_LEN,
+    TS_MARK,
+    build_options,
+    build_syn_options,
+)
+
+if TYPE_CHECKING:
+    from ustack.net.path import Path
+    from ustack.transport.tcp.connection import Connection
+
+IPPROTO_TCP: Final = 6
+MASK32: Final = 0xFFFFFFFF
+IP_TOTAL_MAX: Final = 65535
+MIN_MSS: Final = 48
+"""Bytes of payload below which no path MTU pushes a segment (tcp_min_snd_mss)."""
+
+ACK_NONE: Final = 0
+ACK_DELAYED: Final = 1
+"""An acknowledgment is owed; the timer sends it if nothing else does."""
+ACK_NOW: Final = 2
+"""An acknowledgment is owed at the next flush."""
+
+_SENDING: Final = frozenset({State.ESTABLISHED, State.CLOSE_WAIT, State.FIN_WAIT1, State.CLOSING, State.LAST_ACK})
+_NO_PAYLOAD: Final[list[memoryview]] = []
+
+
+# -- sizes --
+
+
+def sync_mss(conn: Connection) -> None:
+    """Compute the payload of a full segment anew, after the handshake or when the path MTU has changed (RFC 9293, 3.7.1; RFC 6691)."""
+    path = conn.path
+    conn.mtu = path.mtu
+    mss = min(conn.peer_mss, path.mtu - (path.l4 - ETH_HLEN) - HEADER_LEN)
+    if conn.options.maxseg:
+        mss = min(mss, conn.options.maxseg)
+    if conn.ts_ok:
+        mss -= TS_LEN
+    conn.mss = max(mss, MIN_MSS)
+    conn.cc.mss = conn.mss
+
+
+def _largest_payload(conn: Connection, mss: int) -> int:
+    """Bytes of one transmission: a multiple of the MSS that fits an IP packet, or one segment where the device cannot cut."""
+    if not (conn.path.tso and conn.tcp.config.offload):
+        return mss
+    room = IP_TOTAL_MAX - (conn.path.l4 - ETH_HLEN) - HEADER_LEN - TS_LEN
+    return max(room // mss, 1) * mss
+
+
+# -- windows --
+
+
+def receive_window(conn: Connection) -> int:
+    """The window in bytes that may be advertised now: what the receive limit leaves, and never less than was promised (RFC 9293, 3.8.6)."""
+    promised = conn.rcv_adv - conn.rcv_nxt
+    rcvbuf = conn.rcvbuf
+    free = rcvbuf - conn.receive_queue.truesize
+    scale = conn.rcv_wscale
+    window = free * conn.win_ratio >> 8
+    # Silly window avoidance of the receiver (RFC 1122, section 4.2.3.3): a sliver of room is no room.
+    if window < min(conn.rcv_mss, rcvbuf >> 2):
+        window = 0
+    window = min(window, 0xFFFF << scale)
+    if scale:
+        window = window >> scale << scale
+    if window < promised:
+        return promised
+    return window
+
+
+def syn_window(conn: Connection) -> int:
+    """The window that our SYN offers, which is never scaled (RFC 7323, section 2.2)."""
+    return min(conn.rcvbuf * conn.win_ratio >> 8, 0xFFFF)
+
+
+def after_read(conn: Connection) -> None:
+    """The user has read: grow the receive limit if that would help, and tell the peer of the room when it matters (tcp_cleanup_rbuf)."""
+    _adjust_receive_limit(conn)
+    if conn.state in (State.ESTABLISHED, State.FIN_WAIT1, State.FIN_WAIT2):
+        owed = conn.rcv_nxt - conn.rcv_wup
+        if conn.ack_due and owed > conn.rcv_mss:
+            send_ack(conn)
+            return
+        left = conn.rcv_adv - conn.rcv_nxt
+        if left * 2 <= conn.rcvbuf * conn.win_ratio >> 8:
+            window = receive_window(conn)
+            if window and window >= 2 * left:
+                send_ack(conn)
+
+
+def _adjust_receive_limit(conn: Connection) -> None:
+    """Dynamic right-sizing: the receive limit follows twice what the user read in the last round trip (tcp_rcv_space_adjust)."""
+    if conn.options.rcvbuf:
+        return
+    now = conn.tcp.env.timers.now
+    if now - conn.rcvq_time < conn.rcv_rtt:
+        return
+    read = conn.receive_queue.copied_seq - conn.rcvq_seq
+    if read > conn.rcvq_space:
+        wanted = 2 * read + 16 * conn.adv_mss
+        wanted += 2 * wanted * (read - conn.rcvq_space) // conn.rcvq_space
+        limit = min((wanted << 8) // conn.win_ratio, conn.tcp.config.rmem_max)
+        conn.rcvbuf = max(conn.rcvbuf, limit)
+        conn.rcvq_space = read
+    conn.rcvq_seq = conn.receive_queue.copied_seq
+    conn.rcvq_time = now
+
+
+# -- building --
+
+
+def _path(conn: Connection) -> Path:
+    path = conn.path
+    if path.obsolete:
+        path = conn.path = conn.tcp.ip.path(path.dst, path.src)
+    return path
+
+
+def transmit(conn: Connection, seq: int, length: int, flags: int) -> bool:
+    """Send `length` bytes of the send queue from `seq` on, with our acknowledgment and window. False when nothing could be sent."""
+    try:
+        path = _path(conn)
+    except OSError as error:
+        conn.soft_error = error.errno or 0
+        return False
+    env = conn.tcp.env
+    now = env.timers.now
+    head = path.head
+    at = path.l4
+    rcv_nxt = conn.rcv_nxt
+    window = receive_window(conn)
+    conn.rcv_adv = rcv_nxt + window
+    conn.rcv_wup = rcv_nxt
+    conn.ack_due = ACK_NONE
+    conn.delack_timer.deadline = NEVER
+    mss = conn.mss
+    hlen = HEADER_LEN
+    if conn.receive_queue.ofo and conn.sack_ok:
+        blocks = [(left & MASK32, right & MASK32) for left, right in conn.receive_queue.sack_blocks(3 if conn.ts_ok else 4)]
+        options = build_options(_timestamp(conn, now) if conn.ts_ok else -1, conn.ts_recent, blocks)
+        hlen += len(options)
+        head[at + HEADER_LEN : at + hlen] = options
+        mss -= hlen - HEADER_LEN - (TS_LEN if conn.ts_ok else 0)
+    elif conn.ts_ok:
+        hlen += TS_LEN
+        TS.pack_into(head, at + HEADER_LEN, TS_MARK, (int(now * 1000) + conn.ts_offset) & MASK32, conn.ts_recent)
+    conn.last_ack_sent = rcv_nxt
+    key = conn.key
+    HEADER.pack_into(
+        head,
+        at,
+        key[-2] << 8 | key[-1],
+        key[-4] << 8 | key[-3],
+        seq & MASK32,
+        rcv_nxt & MASK32,
+        hlen << 10 | flags,
+        window >> conn.rcv_wscale,
+        0,
+        0,
+    )
+    env.mib.TcpOutSegs += 1
+    options_set = conn.options
+    if length:
+        return path.send(
+            IPPROTO_TCP,
+            hlen,
+            conn.send_queue.views(seq, length),
+            length,
+            OFF_CSUM,
+            mss if length > mss else 0,
+            options_set.tos,
+            options_set.ttl,
+        )
+    return path.send(IPPROTO_TCP, hlen, _NO_PAYLOAD, 0, OFF_CSUM, 0, options_set.tos, options_set.ttl)
+
+
+def _timestamp(conn: Connection, now: float) -> int:
+    """TSval: milliseconds, with the connection's offset (RFC 7323, section 5.4)."""
+    return (int(now * 1000) + conn.ts_offset) & MASK32
+
+
+def send_ack(conn: Connection) -> None:
+    """Send an acknowledgment without data, now."""
+    transmit(conn, conn.snd_nxt, 0, ACK)
+
+
+def send_challenge_ack(conn: Connection) -> None:
+    """Acknowledge a segment that might be forged, within the stack's rate limit (RFC 5961, section 7)."""
+    if conn.tcp.may_challenge():
+        conn.tcp.env.mib.TcpExtTCPChallengeACK += 1
+        send_ack(conn)
+
+
+def send_probe(conn: Connection) -> None:
+    """Send a segment from before the window, without data, which the peer must answer (keepalive and zero-window probes)."""
+    transmit(conn, conn.snd_una - 1, 0, ACK)
+
+
+def send_syn(conn: Connection) -> None:
+    """Send our SYN, or SYN-ACK once the peer's SYN is known, for the first time or again."""
+    passive = conn.state is State.SYN_RECV
+    try:
+        path = _path(conn)
+    except OSError as error:
+        conn.soft_error = error.errno or 0
+        return
+    now = conn.tcp.env.timers.now
+    config = conn.tcp.config
+    options = build_syn_options(
+        conn.adv_mss,
+        conn.rcv_wscale if (conn.snd_wscale >= 0 if passive else config.window_scaling) else -1,
+        conn.sack_ok if passive else config.sack,
+        _timestamp(conn, now) if (conn.ts_ok if passive else config.timestamps) else -1,
+        conn.ts_recent,
+    )
+    window = syn_window(conn)
+    hlen = HEADER_LEN + len(options)
+    head = path.head
+    at = path.l4
+    head[at + HEADER_LEN : at + hlen] = options
+    local, remote = conn.local[1], conn.remote[1]
+    if passive:
+        conn.rcv_wup = conn.rcv_nxt
+        conn.rcv_adv = conn.rcv_nxt + window
+        conn.last_ack_sent = conn.rcv_nxt
+        HEADER.pack_into(head, at, local, remote, conn.iss & MASK32, conn.rcv_nxt & MASK32, hlen << 10 | SYN | ACK, window, 0, 0)
+    else:
+        HEADER.pack_into(head, at, local, remote, conn.iss & MASK32, 0, hlen << 10 | SYN, window, 0, 0)
+    conn.tcp.env.mib.TcpOutSegs += 1
+    path.send(IPPROTO_TCP, hlen, _NO_PAYLOAD, 0, OFF_CSUM, 0, conn.options.tos, conn.options.ttl)
+
+
+def send_reset(conn: Connection) -> None:
+    """Tell the peer that the connection is gone (RFC 9293, section 3.10.5)."""
+    conn.tcp.env.mib.TcpOutRsts += 1
+    transmit(conn, conn.snd_nxt, 0, RST | ACK)
+
+
+# -- deciding --
+
+
+def push(conn: Connection) -> None:
+    """Send everything that may be sent now: what is lost first, then new data, then the FIN; set the timer that goes with it."""
+    if conn.state not in _SENDING:
+        return
+    if conn.path.mtu != conn.mtu:
+        sync_mss(conn)
+    inflight = conn.inflight
+    if inflight.lost > inflight.retrans:
+        _retransmit_lost(conn)
+    queue = conn.send_queue
+    fin_wanted = conn.shutdown_mask & SHUT_WR != 0
+    if conn.snd_nxt < queue.end or (fin_wanted and conn.snd_nxt == queue.end):
+        _send_new(conn, fin_wanted)
+        if not inflight.segments and not conn.retransmit_timer.pending:
+            conn.tcp.env.timers.set(conn.retransmit_timer, conn.tcp.env.timers.now + persist_timeout(conn))
+
+
+def force_out(conn: Connection) -> bool:
+    """The persist timer expired: send what fits the window, however little it is. False when the window is closed."""
+    size = min(conn.send_queue.end - conn.snd_nxt, conn.snd_una + conn.snd_wnd - conn.snd_nxt, conn.mss)
+    if size <= 0:
+        return False
+    now = conn.tcp.env.timers.now
+    nxt = conn.snd_nxt
+    conn.snd_nxt = conn.nagle_end = nxt + size
+    conn.inflight.add(Segment(nxt, conn.snd_nxt, now))
+    conn.last_sent = now
+    conn.tcp.env.timers.set(conn.retransmit_timer, now + conn.rtt.rto)
+    transmit(conn, nxt, size, ACK | PSH)
+    return True
+
+
+def persist_timeout(conn: Connection) -> float:
+    """Seconds until the next probe of a closed window (RFC 9293, section 3.8.6.1)."""
+    return min(conn.rtt.rto * (1 << min(conn.persist_shift, 16)), conn.tcp.config.rto_max)
+
+
+def _send_new(conn: Connection, fin_wanted: bool) -> None:
+    env = conn.tcp.env
+    now = env.timers.now
+    inflight = conn.inflight
+    recovery = conn.recovery
+    cc = conn.cc
+    mss = conn.mss
+    end = conn.send_queue.end
+    window_end = conn.snd_una + conn.snd_wnd
+    if not inflight.segments and now - conn.last_sent > conn.rtt.rto:
+        # Restart after idling (RFC 5681, section 4.1).
+        cc.cwnd = min(cc.cwnd, conn.tcp.config.initial_window * mss)
+    in_flight = inflight.in_flight()
+    largest = _largest_payload(conn, mss)
+    recovery.cwnd_limited = False
+    while True:
+        nxt = conn.snd_nxt
+        unsent = end - nxt
+        quota = cc.cwnd - in_flight
+        usable = window_end - nxt
+        if unsent <= 0:
+            if not fin_wanted or nxt > end or usable <= 0:
+                break
+            size = 0
+        else:
+            if quota < min(mss, unsent) and in_flight > 0:
+                recovery.cwnd_limited = True
+                break
+            size = min(unsent, usable, max(quota, mss), largest)
+            if size < unsent:
+                if size < mss:
+                    # The window is the limit. Silly window avoidance of the sender (RFC 1122, section 4.2.3.4).
+                    if usable <= 0 or usable < conn.max_window >> 1:
+                        break
+                else:
+                    size -= size % mss
+                    if size < largest and size < usable and in_flight > 0 and _worth_waiting(conn, size):
+                        recovery.cwnd_limited = True
+                        break
+            elif size % mss and not fin_wanted and _hold_tail(conn):
+                size -= size % mss
+                if not size:
+                    break
+        flags = ACK
+        fin = fin_wanted and size == unsent and usable > size
+        if size == unsent:
+            flags |= PSH
+        if fin:
+            flags |= FIN
+        conn.snd_nxt = nxt + size + fin
+        inflight.add(Segment(nxt, conn.snd_nxt, now, fin=fin))
+        in_flight += size
+        if size % mss:
+            conn.nagle_end = conn.snd_nxt
+        if now - conn.last_received < conn.tcp.config.delack:
+            conn.pingpong = True
+        transmit(conn, nxt, size, flags)
+    if inflight.segments:
+        conn.last_sent = now
+        timer = conn.retransmit_timer
+        if not timer.pending:
+            env.timers.set(timer, now + conn.rtt.rto)
+        if not recovery.cwnd_limited and cc.cwnd < cc.ssthresh and 2 * in_flight >= cc.cwnd:
+            recovery.cwnd_limited = True
+
+
+def _worth_waiting(conn: Connection, size: int) -> bool:
+    """Whether acknowledgments under way will soon allow a much larger transmission than `size` (tcp_tso_should_defer)."""
+    return conn.recovery.phase is Phase.OPEN and size < min(conn.cc.cwnd, conn.max_window) // 3
+
+
+def _hold_tail(conn: Connection) -> bool:
+    """Whether a last, small segment waits: corked, or by Nagle's algorithm while another small one is out (RFC 9293, 3.7.4; Minshall)."""
+    options = conn.options
+    return options.cork or (not options.nodelay and conn.nagle_end > conn.snd_una)
+
+
+def _retransmit_lost(conn: Connection) -> None:
+    env = conn.tcp.env
+    now = env.timers.now
+    inflight = conn.inflight
+    mss = conn.mss
+    cwnd = conn.cc.cwnd
+    largest = _largest_payload(conn, mss)
+    window_end = conn.snd_una + conn.snd_wnd
+    in_flight = inflight.in_flight()
+    for index in inflight.lost_segments():
+        segment = inflight.segments[index]
+        if in_flight > 0 and in_flight + mss > cwnd:
+            break
+        if segment.seq >= window_end and index:
+            break
+        most = max(min(largest, (cwnd - in_flight) // mss * mss), mss)
+        if segment.end - segment.seq - segment.fin > most:
+            inflight.split(index, segment.seq + most)
+        size = segment.end - segment.seq - segment.fin
+        inflight.on_retransmit(index, now)
+        in_flight += size
+        env.mib.TcpRetransSegs += 1
+        transmit(conn, segment.seq, size, ACK | PSH | (FIN if segment.fin else 0))
+    if inflight.segments and not conn.retransmit_timer.pending:
+        env.timers.set(conn.retransmit_timer, now + conn.rtt.rto)

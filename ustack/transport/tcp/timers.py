@@ -1,0 +1,133 @@
+"""What happens to a connection when nothing arrives: retransmission, window probes, delayed ACK, keepalive, waiting for the last FIN."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from ustack.transport.tcp import output
+from ustack.transport.tcp.output import ACK_NONE
+from ustack.transport.tcp.states import State
+
+if TYPE_CHECKING:
+    from ustack.transport.tcp.connection import Connection
+
+
+def on_retransmit_timer(conn: Connection) -> None:
+    """The retransmission timer expired (RFC 6298, section 5), or, with nothing outstanding, the persist timer."""
+    if conn.state in (State.SYN_SENT, State.SYN_RECV):
+        _retransmit_syn(conn)
+    elif conn.inflight.segments:
+        _retransmit(conn)
+    else:
+        _probe_window(conn)
+
+
+def _retransmit_syn(conn: Connection) -> None:
+    config = conn.tcp.config
+    active = conn.state is State.SYN_SENT
+    limit = (conn.options.syncnt or config.syn_retries) if active else config.synack_retries
+    if conn.retries >= limit:
+        conn.tcp.env.mib.TcpAttemptFails += 1
+        conn.fail(conn.soft_error or errno.ETIMEDOUT)
+        return
+    conn.retries += 1
+    conn.rtt.backoff()
+    conn.tcp.env.mib.TcpRetransSegs += 1
+    output.send_syn(conn)
+    timers = conn.tcp.env.timers
+    timers.set(conn.retransmit_timer, timers.now + conn.rtt.rto)
+
+
+def _retransmit(conn: Connection) -> None:
+    timers = conn.tcp.env.timers
+    if _gives_up(conn, conn.retries):
+        return
+    conn.retries += 1
+    conn.tcp.env.mib.TcpExtTCPTimeouts += 1
+    conn.recovery.on_timeout(conn)
+    conn.rtt.backoff()
+    output.push(conn)
+    timers.set(conn.retransmit_timer, timers.now + conn.rtt.rto)
+
+
+def _gives_up(conn: Connection, attempts: int) -> bool:
+    """Fail the connection when it has gone unanswered too often or too long (R2 of RFC 9293, section 3.8.3; RFC 5482)."""
+    config = conn.tcp.config
+    user_timeout = conn.options.user_timeout
+    now = conn.tcp.env.timers.now
+    if user_timeout and not conn.orphan:
+        over = attempts > 0 and now - max(conn.last_received, conn.last_sent) >= user_timeout
+    else:
+        over = attempts >= (config.orphan_retries if conn.orphan else config.retries2)
+    if over:
+        conn.tcp.env.mib.TcpExtTCPAbortOnTimeout += 1
+        conn.fail(conn.soft_error or errno.ETIMEDOUT)
+    return over
+
+
+def _probe_window(conn: Connection) -> None:
+    """Ask whether the window is still closed; send what fits it, however little (RFC 9293, section 3.8.6.1).
+
+    As long as the peer answers, this goes on for ever.
+    """
+    if conn.snd_nxt > conn.send_queue.end or _gives_up(conn, conn.probes):
+        return
+    conn.probes += 1
+    conn.persist_shift += 1
+    conn.tcp.env.mib.TcpExtTCPWinProbe += 1
+    if not output.force_out(conn):
+        output.send_probe(conn)
+        timers = conn.tcp.env.timers
+        timers.set(conn.retransmit_timer, timers.now + output.persist_timeout(conn))
+
+
+def on_delack_timer(conn: Connection) -> None:
+    """Nothing came along that the acknowledgment could ride on."""
+    if conn.ack_due != ACK_NONE:
+        conn.tcp.env.mib.TcpExtDelayedACKs += 1
+        conn.pingpong = False
+        output.send_ack(conn)
+
+
+def start_keepalive(conn: Connection) -> None:
+    """Start keepalive when the user wants it (SO_KEEPALIVE)."""
+    if conn.options.keepalive:
+        timers = conn.tcp.env.timers
+        timers.set(conn.keepalive_timer, timers.now + (conn.options.keepidle or conn.tcp.config.keepalive_time))
+    elif conn.state is not State.FIN_WAIT2:
+        conn.keepalive_timer.cancel()
+
+
+def start_fin_wait2(conn: Connection) -> None:
+    """A connection that its user has closed does not wait for the peer's FIN for ever (tcp_fin_timeout)."""
+    timers = conn.tcp.env.timers
+    timers.set(conn.keepalive_timer, timers.now + conn.tcp.config.fin_timeout)
+
+
+def on_keepalive_timer(conn: Connection) -> None:
+    """Probe an idle peer (RFC 9293, section 3.8.4), or end a FIN-WAIT-2 that has lasted too long."""
+    if conn.state is State.FIN_WAIT2 and conn.orphan:
+        conn.fail(0)
+        return
+    if conn.state is State.CLOSE or not conn.options.keepalive:
+        return
+    options = conn.options
+    config = conn.tcp.config
+    timers = conn.tcp.env.timers
+    now = timers.now
+    idle = now - conn.last_received
+    wanted = options.keepidle or config.keepalive_time
+    if conn.inflight.segments or conn.snd_nxt < conn.send_queue.end:
+        timers.set(conn.keepalive_timer, now + wanted)  # the retransmission timer watches the peer meanwhile
+    elif idle < wanted:
+        conn.probes = 0
+        timers.set(conn.keepalive_timer, conn.last_received + wanted)
+    elif conn.probes >= (options.keepcnt or config.keepalive_probes):
+        conn.tcp.env.mib.TcpExtTCPAbortOnTimeout += 1
+        conn.abort(conn.soft_error or errno.ETIMEDOUT)
+    else:
+        conn.probes += 1
+        conn.tcp.env.mib.TcpExtTCPKeepAlive += 1
+        output.send_probe(conn)
+        timers.set(conn.keepalive_timer, now + (options.keepintvl or config.keepalive_intvl))
