@@ -148,7 +148,8 @@ class NtaPool(Pool):
     """Chunks of whole grains in regions of `version.region_order`, for `lanes` lanes.
 
     `grow_below` is the share of a lane's grains that should stay free: below it, the lane grows in advance, unless there is
-    memory pressure. With 0 it grows when an allocation would fail. Heads are chunks like any other.
+    memory pressure. With 0 it grows when an allocation would fail. Heads are chunks like any other. A version that does not
+    grow takes back, when it needs them, the initial regions that it gave back.
     """
 
     __slots__ = (
@@ -156,6 +157,7 @@ class NtaPool(Pool):
         "_descriptors_per_page",
         "_empty",
         "_grain_shift",
+        "_initial_grains",
         "_lanes",
         "_live",
         "_owner",
@@ -190,6 +192,7 @@ class NtaPool(Pool):
         self._region_of: list[Region | None] = [None] * pages.pages
         self._regions = 0
         self._empty: OrderedDict[Region, None] = OrderedDict()  # regions that are one free chunk
+        self._initial_grains = version.initial_regions * largest
         self._live = bytearray(pages.arena.size >> self._grain_shift)  # a chunk starts at this grain: _DATA, _HEAD or 0
         self._descriptor_pages: list[int] = []
         self._descriptors_per_page = PAGE_SIZE // version.descriptor
@@ -402,6 +405,8 @@ class NtaPool(Pool):
         smallest = max(0, ((need << self._grain_shift) - 1 >> PAGE_SHIFT).bit_length())
         if lane is self._reserve:
             return self._add_region(lane, smallest, gfp)
+        if not self.version.grows and lane.grains >= self._initial_grains:
+            return False
         return any(self._add_region(lane, order, gfp) for order in range(self.version.region_order, smallest - 1, -1))
 
     def _add_region(self, lane: Lane, order: int, gfp: int) -> bool:

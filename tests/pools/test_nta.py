@@ -133,6 +133,20 @@ def test_a_chunk_freed_in_another_lane_is_parked_until_its_owner_frees_something
 # Growth
 
 
+def test_a_pool_of_the_first_version_has_what_it_began_with_and_no_more() -> None:
+    pool = new_pool(V1._replace(initial_regions=3))
+    held = pool.held_pages()
+    for _ in range(2):
+        live = []
+        while (addr := pool.alloc(16384, ATOMIC)) != NULL:
+            live.append(addr)
+        assert len(live) == 3
+        assert pool.held_pages() == held
+        for addr in live:
+            pool.free(addr, 16384)
+        assert pool.reap() == held
+
+
 def test_the_pool_grows_in_advance_when_less_than_the_wanted_share_is_free() -> None:
     pool = new_pool(V2._replace(initial_regions=1), grow_below=0.5)
     before = pool.held_pages()
