@@ -135,18 +135,22 @@ def test_a_refusal_that_leaves_no_hope_is_final_even_for_an_optional_option(code
     assert handshake.data_to_send().endswith(wire.option(wire.ABORT))
 
 
-def test_a_list_names_the_exports_and_describes_those_that_it_can() -> None:
+LISTING = (
+    wire.GREETING
+    + wire.reply(wire.STRUCTURED, wire.ACK)
+    + wire.reply(wire.LIST, wire.SERVER, b"\0\0\0\x01afirst")
+    + wire.reply(wire.LIST, wire.SERVER, b"\0\0\0\x01b")
+    + wire.reply(wire.LIST, wire.ACK)
+    + wire.info_export(wire.INFO, GIB)
+    + wire.reply(wire.INFO, wire.ACK)
+    + wire.reply(wire.INFO, wire.POLICY)
+)
+
+
+@given(st.lists(st.integers(1, len(LISTING)), max_size=20))
+def test_a_list_names_the_exports_and_describes_those_that_it_can(cuts: list[int]) -> None:
     handshake = ClientHandshake(purpose=Purpose.LIST)
-    events: list[Event] = handshake.receive_data(
-        wire.GREETING
-        + wire.reply(wire.STRUCTURED, wire.ACK)
-        + wire.reply(wire.LIST, wire.SERVER, b"\0\0\0\x01afirst")
-        + wire.reply(wire.LIST, wire.SERVER, b"\0\0\0\x01b")
-        + wire.reply(wire.LIST, wire.ACK)
-        + wire.info_export(wire.INFO, GIB)
-        + wire.reply(wire.INFO, wire.ACK)
-        + wire.reply(wire.INFO, wire.POLICY)
-    )
+    events: list[Event] = [event for piece in wire.pieces(LISTING, cuts) for event in handshake.receive_data(piece)]
     assert events[:3] == [
         ExportListed("a", "first"),
         ExportListed("b", ""),

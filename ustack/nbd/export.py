@@ -92,7 +92,7 @@ class MemoryExport(Export):
     def __init__(self, size: int, name: str = "", *, read_only: bool = False, description: str | None = None) -> None:
         """`size` in bytes; memory is taken only where something is written."""
         super().__init__(name, size, read_only, description)
-        self._memory = mmap.mmap(-1, max(size, 1))
+        self._memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._view = memoryview(self._memory)
         self._written = bytearray(size // HOLE_GRANULE + 1)
 

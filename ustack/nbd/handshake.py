@@ -203,7 +203,8 @@ class ClientHandshake:
             self._abort()
             return
         if self.purpose is Purpose.INFO:
-            self._events.append(ExportDescribed((yield from self._info_or_go(NBD_OPT_INFO, self.export))))
+            info = yield from self._info_or_go(NBD_OPT_INFO, self.export)
+            self._events.append(ExportDescribed(info))
             self._abort()
             return
         try:
@@ -292,7 +293,8 @@ class ClientHandshake:
             self._events.append(ExportListed(names[-1], decode_message(data[4 + length :])))
         for name in names:
             try:
-                self._events.append(ExportDescribed((yield from self._info_or_go(NBD_OPT_INFO, name))))
+                info = yield from self._info_or_go(NBD_OPT_INFO, name)
+                self._events.append(ExportDescribed(info))
             except NbdOptionError as error:
                 self._refused(error)
                 if error.reply == NBD_REP_ERR_UNSUP:
