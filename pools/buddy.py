@@ -152,7 +152,10 @@ class PageAllocator:
         return pfn
 
     def alloc_bulk(self, count: int, gfp: int, owner: int) -> list[int]:
-        """Allocate `count` single pages, not necessarily adjacent: all of them, or none and an empty list."""
+        """Allocate `count` single pages, in ascending order: all of them, or none and an empty list.
+
+        They need not be adjacent, but often are, and ascending order lets neighbours be copied in one go.
+        """
         free = self.free_pages - count
         if free >= self.min_pages:
             self.pfmemalloc = False
@@ -169,6 +172,7 @@ class PageAllocator:
             self._refill(count)
         pfns = singles[-count:]
         del singles[-count:]
+        pfns.sort()
         owners = self._owner
         for pfn in pfns:
             owners[pfn] = owner

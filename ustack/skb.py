@@ -37,11 +37,15 @@ def page_runs(pfns: list[int], offset: int, length: int) -> list[tuple[int, int]
     if not length:
         return runs
     first = offset >> PAGE_SHIFT
-    start = (pfns[first] << PAGE_SHIFT) + (offset & PAGE_MASK)
-    end = (pfns[first] + 1) << PAGE_SHIFT
+    base = pfns[first]
+    start = (base << PAGE_SHIFT) + (offset & PAGE_MASK)
+    stop = (offset + length + PAGE_MASK) >> PAGE_SHIFT
+    if pfns[first:stop] == list(range(base, base + stop - first)):
+        return [(start, length)]  # the usual case, for which the loop would be slow
+    end = (base + 1) << PAGE_SHIFT
     left = length - (end - start)
-    for index in range(first + 1, ((offset + length - 1) >> PAGE_SHIFT) + 1):
-        addr = pfns[index] << PAGE_SHIFT
+    for pfn in pfns[first + 1 : stop]:
+        addr = pfn << PAGE_SHIFT
         if addr != end:
             runs.append((start, end - start))
             start = addr
