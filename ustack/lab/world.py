@@ -28,11 +28,11 @@ class Host(Protocol):
     def env(self) -> Env:
         """The host's surroundings; its clock is set by the world."""
 
-    def poll_device(self, device: Any) -> object:
-        """Take received frames from `device`."""
+    def receive(self, device: Any) -> object:
+        """Process a batch of frames that wait in `device`."""
 
     def flush(self) -> object:
-        """Send what is due."""
+        """Wake users and send what is due."""
 
 
 class World:
@@ -89,7 +89,7 @@ class World:
             heappop(events)[2]()
         for host, device in self._devices:
             while device.waiting:
-                host.poll_device(device)
+                host.receive(device)
         return True
 
     def _move(self, now: float) -> None:
