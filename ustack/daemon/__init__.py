@@ -1,0 +1,1 @@
+"""The daemon: one configuration file, one TAP device, one stack, and a control socket for the tools."""

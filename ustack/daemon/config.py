@@ -1,0 +1,404 @@
+"""The daemon's configuration file: what may stand in it, and what is said when something else does.
+
+The file is TOML. The models below are the reference: docs/reference/configuration.md is made from their fields, defaults
+and docstrings. Values have the types of TOML (no "yes", no quoted numbers), keys that nobody knows are refused, and every
+error names the file, the section, the key, the value, and what is allowed.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+
+from pools.arena import PAGE_SIZE
+from pools.base import names as pool_names
+from ustack.daemon.size import EXAMPLES, parse_size
+from ustack.nbd.uri import NbdUri
+from ustack.transport.tcp.config import TcpConfig
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator
+
+    from pydantic_core import ErrorDetails
+
+MEMORY_MIN: Final = 1 << 20
+"""Bytes of the smallest arena that is of any use: a receive ring and a connection."""
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. `problems` has one line for each reason."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+# -- values ------------------------------------------------------------------------------------------------------------------
+
+
+def _size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+def _interface_address(value: object) -> object:
+    return _as(IPv4Interface, value, 'an IPv4 address with its prefix length, such as "10.77.0.2/24"', needs="/")
+
+
+def _host_address(value: object) -> object:
+    return _as(IPv4Address, value, 'an IPv4 address, such as "10.77.0.1"')
+
+
+def _network(value: object) -> object:
+    return _as(IPv4Network, value, 'an IPv4 network without host bits, such as "10.1.0.0/16"', needs="/")
+
+
+def _as(kind: Callable[[str], object], value: object, allowed: str, needs: str = "") -> object:
+    """Check by `kind`, and keep the string as it is."""
+    try:
+        if not isinstance(value, str) or needs not in value:
+            raise ValueError
+        kind(value)
+    except ValueError:
+        raise ValueError(allowed) from None
+    return value
+
+
+def _mac(value: object) -> object:
+    allowed = 'a unicast Ethernet address, such as "02:00:00:00:00:02"'
+    try:
+        octets = bytes.fromhex(value.replace(":", "")) if isinstance(value, str) else b""
+    except ValueError:
+        raise ValueError(allowed) from None
+    if len(octets) != 6 or octets[0] & 1 or not any(octets):
+        raise ValueError(allowed)
+    return value
+
+
+def _file_mode(value: object) -> object:
+    allowed = 'permission bits as an octal string, such as "0600"'
+    if not isinstance(value, str):
+        raise ValueError(allowed)
+    try:
+        mode = int(value, 8)
+    except ValueError:
+        raise ValueError(allowed) from None
+    if mode & ~0o777:
+        raise ValueError(allowed)
+    return value
+
+
+def _pool(value: object) -> object:
+    if value not in pool_names():
+        raise ValueError("one of " + ", ".join(f'"{name}"' for name in pool_names()))
+    return value
+
+
+def _uri(value: object) -> object:
+    if not isinstance(value, str):
+        raise ValueError('an NBD URI, such as "nbd://10.77.0.1/disk"')
+    try:
+        uri = NbdUri.parse(value)
+    except ValueError as error:
+        raise ValueError(f'an NBD URI, such as "nbd://10.77.0.1/disk" ({error})') from None
+    if uri.tls:
+        raise ValueError("an NBD URI without TLS, which the client does not speak yet")
+    if uri.socket is None:
+        _as(IPv4Address, uri.host, "an NBD URI whose host is an IPv4 address: the stack has no name service")
+    return value
+
+
+def _reserve(value: object) -> object:
+    allowed = f'"auto", {EXAMPLES}'
+    if value == "auto":
+        return value
+    try:
+        nbytes = _size(value)
+    except ValueError:
+        raise ValueError(allowed) from None
+    if not isinstance(nbytes, int) or isinstance(nbytes, bool) or nbytes < 0:
+        raise ValueError(allowed)
+    return nbytes
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    """What all sections have in common: nothing unknown, nothing converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Device(Section):
+    """The TAP device that the stack receives from and sends to."""
+
+    name: Annotated[str, Field(min_length=1, max_length=15)]
+    """Name of the interface."""
+    mode: Literal["paged", "linear"] = "paged"
+    """How frames are received: `paged` (packet split, small frames copied) or `linear` (one contiguous buffer a frame)."""
+    offload: bool = True
+    """Checksum offload and super-frames of up to 64 KiB."""
+    mac: Annotated[str, BeforeValidator(_mac)] | None = None
+    """The stack's own Ethernet address. Default: made from the name of the interface."""
+    create: bool = True
+    """Make the interface if it does not exist, and bring it up. `false`: it must exist, and is left as it is."""
+
+
+class Address(Section):
+    """The stack's address on the device. As yet there is exactly one."""
+
+    address: Annotated[str, BeforeValidator(_interface_address)]
+    """IPv4 address and prefix length."""
+    gateway: Annotated[str, BeforeValidator(_host_address)] | None = None
+    """Router for everything that no route covers. Default: none."""
+
+
+class Route(Section):
+    """A network that is reached by way of a router."""
+
+    network: Annotated[str, BeforeValidator(_network)]
+    """Where the route leads."""
+    via: Annotated[str, BeforeValidator(_host_address)]
+    """The router, which must be on the network of an address of ours."""
+    metric: Annotated[int, Field(ge=0)] = 0
+    """Of two routes to the same network the one with the lower metric is taken."""
+
+
+class Memory(Section):
+    """Packet memory: taken when the daemon starts, and never more than that."""
+
+    pool: Annotated[str, BeforeValidator(_pool)] = "kmalloc"
+    """The allocator that lays packets on pages."""
+    size: Annotated[int, BeforeValidator(_size), Field(ge=MEMORY_MIN)] = 64 << 20
+    """Bytes of packet memory."""
+    reserve: Annotated[Literal["auto"] | int, BeforeValidator(_reserve)] = "auto"
+    """Bytes that only memalloc sockets may use. `auto`: as many as the page allocator finds right for the size."""
+    lock: bool = False
+    """Keep the memory from being swapped out (mlock(2); needs CAP_IPC_LOCK or a sufficient RLIMIT_MEMLOCK)."""
+
+
+class Nbd(Section):
+    """An NBD export that the daemon attaches over its stack, with a memalloc socket, and attaches again when it is lost."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """The name under which status shows it."""
+    uri: Annotated[str, BeforeValidator(_uri)]
+    """Where the export is. The host is an address: the stack has no name service."""
+    requests: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Requests in flight."""
+
+
+class Control(Section):
+    """The socket through which `ustack ss`, `ustack ping` and their like talk to the daemon."""
+
+    path: Annotated[str, Field(min_length=1, max_length=107)] | None = None
+    """Path of the unix socket. Default: `/run/ustack/control.sock` for root, else `$XDG_RUNTIME_DIR/ustack/control.sock`."""
+    mode: Annotated[str, BeforeValidator(_file_mode)] = "0600"
+    """Who may connect: its permission bits."""
+
+
+class Service(Section):
+    """Small servers for tests, on the ports of RFC 862 to 864."""
+
+    echo: bool = False
+    """TCP and UDP port 7: what comes goes back (RFC 862)."""
+    discard: bool = False
+    """TCP port 9: what comes is read and forgotten (RFC 863)."""
+    chargen: bool = False
+    """TCP port 19: bytes without end (RFC 864)."""
+
+
+def _tcp_section() -> type[Section]:
+    """A section with the fields and defaults of `TcpConfig`, whose docstrings are the documentation."""
+    hints = get_type_hints(TcpConfig)
+    definitions: dict[str, Any] = {}
+    for field in fields(TcpConfig):
+        assert field.default is not MISSING
+        kind: Any = hints[field.name]
+        if kind is bool:
+            pass
+        elif "mem_" in field.name:
+            kind = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+        else:
+            kind = Annotated[kind, Field(gt=0)]
+        definitions[field.name] = (kind, field.default)
+    section: type[Section] = create_model("Tcp", __base__=Section, __doc__="Limits and times of TCP.", **definitions)
+    return section
+
+
+if TYPE_CHECKING:
+    Tcp = Section
+else:
+    Tcp = _tcp_section()
+
+
+class Config(Section):
+    """A whole configuration file. `tcp` has the fields of `TcpConfig`."""
+
+    device: Device
+    address: Annotated[list[Address], Field(min_length=1, max_length=1)]
+    route: list[Route] = []
+    memory: Memory = Memory()
+    tcp: Tcp = Tcp()
+    nbd: list[Nbd] = []
+    control: Control = Control()
+    service: Service = Service()
+
+    def tcp_config(self) -> TcpConfig:
+        """The section `tcp` as the stack takes it."""
+        return TcpConfig(**self.tcp.model_dump())
+
+    def reserve_bytes(self) -> int | None:
+        """The reserve in bytes; None for `auto`."""
+        reserve = self.memory.reserve
+        return None if isinstance(reserve, str) else reserve
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Read the file at `path`. Raises ConfigError."""
+    try:
+        text = Path(path).read_text("utf-8")
+    except OSError as error:
+        raise ConfigError([f"{path}: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: not UTF-8 at byte {error.start}"]) from None
+    return parse(text, str(path))
+
+
+def parse(text: str, origin: str) -> Config:
+    """Read a configuration from `text`; `origin` names it in messages. Raises ConfigError."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{origin}: not TOML: {error}"]) from None
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError([f"{origin}: {_say(detail)}" for detail in error.errors()]) from None
+    problems = list(_contradictions(config))
+    if problems:
+        raise ConfigError([f"{origin}: {problem}" for problem in problems])
+    return config
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """What is right by itself and wrong together."""
+    own = config.address[0]
+    network = IPv4Interface(own.address).network
+    if own.gateway is not None and IPv4Address(own.gateway) not in network:
+        yield f"[[address]] number 1, gateway = {_toml(own.gateway)}: allowed is a host on our network, {network}"
+    for number, route in enumerate(config.route):
+        if IPv4Address(route.via) not in network:
+            yield f"{_place(('route', number), 'via')} = {_toml(route.via)}: allowed is a host on our network, {network}"
+    names = [nbd.name for nbd in config.nbd]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            yield f"{_place(('nbd', number), 'name')} = {_toml(name)}: allowed is each name only once"
+    reserve = config.reserve_bytes()
+    if reserve is not None and reserve > config.memory.size - PAGE_SIZE:
+        yield f"[memory] reserve = {reserve}: allowed is less than the whole memory, {config.memory.size}"
+
+
+def _place(section: tuple[int | str, ...], key: str = "") -> str:
+    """How the file spells a place: `[memory] size`, `[[nbd]] number 2, uri`."""
+    if len(section) > 1:
+        return f"[[{section[0]}]] number {int(section[1]) + 1}" + (f", {key}" if key else "")
+    return f"[{section[0]}]" + (f" {key}" if key else "")
+
+
+def _say(detail: ErrorDetails) -> str:
+    """One of pydantic's errors as a sentence about the file."""
+    location = detail["loc"]
+    numbered = len(location) > 1 and isinstance(location[1], int)
+    section, rest = location[: 2 if numbered else 1], location[2 if numbered else 1 :]
+    key = str(rest[0]) if rest else ""
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        known = _keys_of(str(section[0])) if key else list(Config.model_fields)
+        what = f"{_place(section, key)}: unknown {'key' if key else 'section'}"
+        wrong = key or str(section[0])
+        close = get_close_matches(wrong, known, 1)
+        return f"{what}; did you mean {close[0]!r}?" if close else f"{what}; allowed are {', '.join(known)}"
+    if kind == "missing":
+        shape = f"[[{section[0]}]]" if section[0] == "address" and not key else ""
+        return f"{shape or _place(section, key)} is missing"
+    value = detail["input"]
+    where = _place(section, key)
+    if not key:
+        return f"{where}: allowed is {_SHAPES.get(kind, _allowed(detail))}"
+    return f"{where} = {_toml(value)}: allowed is {_allowed(detail)}"
+
+
+_SHAPES: Final = {
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "list_type": "an array of tables, each beginning with the name in double brackets",
+    "too_short": "exactly one",
+    "too_long": "exactly one",
+}
+
+_TYPES: Final = {
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "int_from_float": "an integer",
+}
+
+
+def _allowed(detail: ErrorDetails) -> str:
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "value_error":
+            return str(context["error"])
+        case "literal_error":
+            return str(context["expected"]).replace("'", '"')
+        case "greater_than":
+            return f"more than {context['gt']}"
+        case "greater_than_equal":
+            return f"at least {context['ge']}"
+        case "less_than_equal":
+            return f"at most {context['le']}"
+        case "string_too_short":
+            return "a string that is not empty"
+        case "string_too_long":
+            return f"a string of at most {context['max_length']} characters"
+        case kind:
+            if detail["loc"][-1] in ("size", "reserve") or "mem_" in str(detail["loc"][-1]):
+                return EXAMPLES
+            return _TYPES.get(kind, detail["msg"])
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    return repr(value)
+
+
+def _keys_of(section: str) -> list[str]:
+    return list(SECTIONS[section].model_fields)
+
+
+SECTIONS: Final[dict[str, type[Section]]] = {
+    "device": Device,
+    "address": Address,
+    "route": Route,
+    "memory": Memory,
+    "tcp": Tcp,
+    "nbd": Nbd,
+    "control": Control,
+    "service": Service,
+}
+"""The sections of the file in the order in which it is best read."""

@@ -1,0 +1,146 @@
+"""A series of echo requests (RFC 792), as `ping` sends them: one every interval, replies matched by sequence number."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+from ustack.socket import pack_host, unpack_host
+from ustack.wire import icmp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ustack.stack import Stack
+
+PAYLOAD_MAX: Final = 65507
+"""Bytes of the largest payload of an echo request."""
+
+_MASK: Final = 0xFFFF
+
+_UNREACHABLE: Final = {
+    0: "Destination Net Unreachable",
+    1: "Destination Host Unreachable",
+    2: "Destination Protocol Unreachable",
+    3: "Destination Port Unreachable",
+    4: "Frag needed and DF set",
+}
+
+
+class PingSeries:
+    """Sends `count` requests with `size` bytes of payload to `host`, one every `interval` seconds (None: until stopped).
+
+    `report` is called with each thing that happens, as a dict for JSON: a reply (`seq`, `bytes`, `ttl`, `time` in seconds,
+    `duplicate`) or an error (`seq`, `error`). After the last request it waits up to `timeout` seconds for its reply.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        host: str,
+        *,
+        count: int | None,
+        interval: float,
+        size: int,
+        timeout: float,
+        report: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Raises gaierror when `host` is not an address, ValueError for a size, a count or a time that cannot be."""
+        if not 0 <= size <= PAYLOAD_MAX:
+            raise ValueError(f"a payload has 0 to {PAYLOAD_MAX} bytes, not {size}")
+        if (count is not None and count < 1) or interval < 0 or timeout < 0:
+            raise ValueError("count must be at least 1, interval and timeout at least 0")
+        packed = pack_host(host)
+        if packed is None:
+            raise ValueError(f"{host!r} is no address to ping")
+        self._stack = stack
+        self._dst = packed
+        self._count = count
+        self._interval = interval
+        self._timeout = timeout
+        self._payload = os.urandom(size)
+        self._report = report
+        self._waiting: dict[int, tuple[int, float]] = {}  # by sequence number on the wire: which request, and when it was sent
+        self._answered: set[int] = set()
+        self._done = asyncio.Event()
+        self._all_sent = False
+        self.sent = self.received = self.duplicates = self.errors = 0
+
+    async def run(self) -> dict[str, Any]:
+        """Send the series and return what became of it: counts, and `time` in seconds. Raises the OSErrors of `Ipv4.path`."""
+        echo = self._stack.ip.icmp.open_echo(self._on_reply, self._on_error)
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            while self._count is None or self.sent < self._count:
+                if self.sent:
+                    await asyncio.sleep(max(started + self.sent * self._interval - loop.time(), 0))
+                seq = self.sent + 1
+                self._waiting[seq & _MASK] = (seq, perf_counter())
+                self._answered.discard(seq & _MASK)
+                self.sent = seq
+                self._stack.tick()
+                if not echo.send(self._dst, seq & _MASK, self._payload):
+                    self._forget(seq & _MASK, "not sent: it does not fit the path MTU, or the device is full")
+            self._all_sent = True
+            if self._waiting:
+                try:
+                    async with asyncio.timeout(self._timeout):
+                        await self._done.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            echo.close()
+        return {
+            "sent": self.sent,
+            "received": self.received,
+            "duplicates": self.duplicates,
+            "errors": self.errors,
+            "time": loop.time() - started,
+        }
+
+    def _on_reply(self, src: bytes, seq: int, payload: bytes, ttl: int) -> None:
+        now = perf_counter()
+        known = self._waiting.pop(seq, None)
+        duplicate = known is None
+        if known is None:
+            if seq not in self._answered:
+                return
+            self.duplicates += 1
+            number, sent = seq, now
+        else:
+            number, sent = known
+            self.received += 1
+            self._answered.add(seq)
+        event = {
+            "from": unpack_host(src),
+            "seq": number,
+            "bytes": len(payload) + icmp.HEADER_LEN,
+            "ttl": ttl,
+            "time": None if duplicate else now - sent,
+            "duplicate": duplicate,
+        }
+        if payload != self._payload:
+            event["error"] = "wrong data in the reply"
+        self._report(event)
+        self._check_done()
+
+    def _on_error(self, kind: int, code: int, dst: bytes, seq: int) -> None:
+        what = _UNREACHABLE.get(code, f"Destination Unreachable, code {code}")
+        if kind == icmp.ICMP_TIME_EXCEEDED:
+            what = "Time to live exceeded"
+        self._forget(seq, what)
+
+    def _forget(self, seq: int, why: str) -> None:
+        known = self._waiting.pop(seq, None)
+        if known is None:
+            return
+        self.errors += 1
+        self._report({"from": unpack_host(self._dst), "seq": known[0], "error": why})
+        self._check_done()
+
+    def _check_done(self) -> None:
+        if self._all_sent and not self._waiting:
+            self._done.set()

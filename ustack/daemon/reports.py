@@ -1,0 +1,208 @@
+"""What a stack has to say about itself, as values that JSON can carry: the answers behind `ustack ss`, `nstat` and their like.
+
+Sizes are bytes, times seconds. Names are those of the kernel's tools where these have one.
+"""
+
+from __future__ import annotations
+
+import errno
+from socket import AF_INET, inet_ntop
+from sys import maxsize
+from typing import TYPE_CHECKING, Any
+
+from pools.arena import PAGE_SHIFT
+from ustack.net.neighbour import STATE_NAMES
+from ustack.transport.tcp.connection import Connection
+from ustack.transport.udp import RCVBUF_DEFAULT
+
+if TYPE_CHECKING:
+    from ustack.stack import Stack
+    from ustack.transport.tcp.timewait import TimeWait
+
+
+def nstat(stack: Stack) -> dict[str, dict[str, int]]:
+    """All counters by name (`counters`), and the reasons for which packets were dropped (`drops`)."""
+    return {"counters": stack.mib.as_dict(), "drops": stack.drops.by_name()}
+
+
+def slabinfo(stack: Stack) -> str:
+    """The pool's caches as /proc/slabinfo has them. Raises OSError EOPNOTSUPP for a pool without caches."""
+    text = getattr(stack.pool, "slabinfo", None)
+    if text is None:
+        raise OSError(errno.EOPNOTSUPP, f"the pool {stack.pool.name} has no slabs")
+    return str(text())
+
+
+def memory(stack: Stack) -> dict[str, Any]:
+    """Packet memory: pages and watermarks, who holds pages, who is charged for packets, what the pool made of it."""
+    pages = stack.pages
+    stats = stack.pool.stats
+    lowest_free = pages.pages - pages.peak_used
+    return {
+        "size": pages.pages << PAGE_SHIFT,
+        "free": pages.free_pages << PAGE_SHIFT,
+        "peak_used": pages.peak_used << PAGE_SHIFT,
+        "under_pressure": pages.under_pressure,
+        "largest_free_order": pages.largest_free_order(),
+        "by_owner": {name: count << PAGE_SHIFT for name, count in pages.pages_by_owner().items() if count},
+        "charged": charges(stack),
+        "reserve": {
+            "size": pages.min_pages << PAGE_SHIFT,
+            "free": min(pages.free_pages, pages.min_pages) << PAGE_SHIFT,
+            "low_water": min(lowest_free, pages.min_pages) << PAGE_SHIFT,
+            "allocations": pages.reserve_allocs,
+            "memalloc_sockets": stack.reserve.sockets,
+        },
+        "pool": {
+            "name": stack.pool.name,
+            "held": stack.pool.held_pages() << PAGE_SHIFT,
+            "requested": stats.requested,
+            "requested_peak": stats.requested_peak,
+            "charged": stats.charged,
+            "charged_peak": stats.charged_peak,
+            "allocations": stats.allocs,
+            "frees": stats.frees,
+            "failures": stats.failures,
+        },
+    }
+
+
+def charges(stack: Stack) -> dict[str, int]:
+    """Truesize of the packets that wait, by the kind of queue that is charged for them."""
+    accounts = [stack.tcp.send_account, stack.tcp.receive_account, stack.tcp.ofo_account, stack.udp.account]
+    accounts += [interface.neighbours.account for interface in stack.interfaces]
+    found: dict[str, int] = {}
+    for account in accounts:
+        found[account.name] = found.get(account.name, 0) + account.bytes
+    return found
+
+
+def device(stack: Stack) -> list[dict[str, Any]]:
+    """Each interface with its addresses, counters and neighbours."""
+    found = []
+    for interface in stack.interfaces:
+        link = interface.device
+        stats = link.stats
+        found.append(
+            {
+                "name": link.name,
+                "mac": link.mac.hex(":"),
+                "mtu": link.mtu,
+                "address": f"{_text(interface.address)}/{interface.prefix_len}",
+                "stats": {name: getattr(stats, name) for name in stats.__slots__},
+                "neighbours": [
+                    {
+                        "address": _text(neighbour.address),
+                        "lladdr": neighbour.lladdr.hex(":") if neighbour.lladdr else None,
+                        "state": STATE_NAMES[neighbour.state],
+                    }
+                    for neighbour in interface.neighbours
+                ],
+            }
+        )
+    return found
+
+
+def routes(stack: Stack) -> list[str]:
+    """The routes, the most specific first."""
+    return [str(route) for route in stack.ip.routes]
+
+
+# -- sockets -----------------------------------------------------------------------------------------------------------------
+
+
+def sockets(stack: Stack) -> list[dict[str, Any]]:
+    """Every socket: listeners, connections (TIME-WAIT included), then UDP."""
+    found: list[dict[str, Any]] = [
+        {
+            "protocol": "tcp",
+            "state": "LISTEN",
+            "recv_q": len(listener.queue),
+            "send_q": listener.backlog,
+            "local": [_text(listener.address), listener.port],
+            "peer": None,
+        }
+        for listener in stack.tcp.listeners.values()
+    ]
+    found += [
+        _connection(each) if isinstance(each, Connection) else _time_wait(each) for each in stack.tcp.connections.values()
+    ]
+    for each in stack.udp.sockets():
+        host, port = each.local
+        found.append(
+            {
+                "protocol": "udp",
+                "state": "UNCONN" if each.remote is None else "ESTAB",
+                "recv_q": each.account.bytes,
+                "send_q": 0,
+                "local": [_text(host), port],
+                "peer": None if each.remote is None else [_text(each.remote[0]), each.remote[1]],
+                "memory": {
+                    "rmem_alloc": each.account.bytes,
+                    "rcvbuf": each.options.rcvbuf or RCVBUF_DEFAULT,
+                    "wmem_alloc": 0,
+                    "sndbuf": 0,
+                    "memalloc": each.options.memalloc,
+                },
+            }
+        )
+    return found
+
+
+_STATES = {"ESTABLISHED": "ESTAB"}
+"""Where `ss` shortens the name of a state; else it writes it with hyphens."""
+
+
+def _connection(conn: Connection) -> dict[str, Any]:
+    queues = conn.receive_queue
+    ssthresh = conn.cc.ssthresh
+    return {
+        "protocol": "tcp",
+        "state": _STATES.get(conn.state.name, conn.state.name.replace("_", "-")),
+        "recv_q": max(conn.rcv_nxt - queues.copied_seq, 0) if conn.synchronized else 0,
+        "send_q": max(conn.send_queue.end - conn.snd_una, 0) if conn.synchronized else 0,
+        "local": [_text(conn.local[0]), conn.local[1]],
+        "peer": [_text(conn.remote[0]), conn.remote[1]],
+        "memory": {
+            "rmem_alloc": queues.truesize,
+            "rcvbuf": conn.rcvbuf,
+            "wmem_alloc": conn.send_queue.account.bytes,
+            "sndbuf": conn.sndbuf,
+            "memalloc": conn.memalloc,
+        },
+        "tcp": {
+            "timestamps": conn.ts_ok,
+            "sack": conn.sack_ok,
+            "wscale": [conn.snd_wscale, conn.rcv_wscale],
+            "rto": conn.rtt.rto,
+            "rtt": conn.rtt.srtt,
+            "rttvar": conn.rtt.rttvar,
+            "minrtt": conn.rtt.minimum,
+            "mss": conn.mss,
+            "pmtu": conn.path.mtu,
+            "cwnd": conn.cc.cwnd // max(conn.mss, 1),
+            "ssthresh": None if ssthresh == maxsize else ssthresh // max(conn.mss, 1),
+            "bytes_acked": max(conn.snd_una - conn.iss - 1, 0),
+            "bytes_received": max(conn.rcv_nxt - conn.irs - 1, 0) if conn.synchronized else 0,
+            "snd_wnd": conn.snd_wnd,
+            "rcv_wnd": max(conn.rcv_adv - conn.rcv_nxt, 0),
+            "backoff": conn.rtt.backoff_shift,
+            "unacked": conn.snd_nxt - conn.snd_una,
+            "lost": conn.inflight.lost,
+        },
+    }
+
+
+def _time_wait(wait: TimeWait) -> dict[str, Any]:
+    return {
+        "protocol": "tcp",
+        "state": "TIME-WAIT",
+        "recv_q": 0,
+        "send_q": 0,
+        "local": [_text(wait.local[0]), wait.local[1]],
+        "peer": [_text(wait.remote[0]), wait.remote[1]],
+    }
+
+
+def _text(address: bytes | None) -> str:
+    return "0.0.0.0" if address is None else inet_ntop(AF_INET, address)
