@@ -107,7 +107,7 @@ class DoubleFree(RuntimeError):
 
 AnyPool = TypeVar("AnyPool", bound=Pool)
 
-_BUILTIN_MODULES: Final = {"kmalloc": "pools.kmalloc", "nta": "pools.nta"}
+_BUILTIN_MODULES: Final = {"kmalloc": "pools.kmalloc", "nta": "pools.nta", "srog": "pools.srog"}
 """Where the pools of this package are. They are imported when they are asked for: only one is used by a stack."""
 
 _builtin: dict[str, type[Pool]] = {}
