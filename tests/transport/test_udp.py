@@ -313,7 +313,7 @@ def test_a_frame_that_lies_in_the_reserve_is_only_for_memalloc_sockets() -> None
     host.arrive_arp(1, host.peer, host.address)
     bound(host, 1000)
     privileged = bound(host, 1001, memalloc=True)
-    host.device._ring.frame.pfmemalloc = True  # type: ignore[union-attr]
+    host.device.ring.frame.pfmemalloc = True
     arrive(host, b"ordinary", dport=1000)
     arrive(host, b"privileged", dport=1001)
     assert privileged.recvfrom_nowait(100)[0] == b"privileged"

@@ -66,21 +66,20 @@ class World:
         self.at(self.now + delay, callback)
 
     def step(self, limit: float = inf) -> bool:
-        """Let every host send what is due, then go to the next moment at which something happens.
+        """Go to the next moment at which something happens, and let it happen.
 
         When nothing happens up to `limit` (seconds), the clock goes there and the result is False.
         """
+        self.flush()
         hosts = self._hosts
-        for host in hosts:
-            host.flush()
         events = self._events
         when = events[0][0] if events else inf
         for host in hosts:
             deadline = host.env.timers.next_deadline()
             if deadline < when:
                 when = deadline
-        if when > limit:
-            if limit > self.now and limit != inf:
+        if when > limit or when == inf:
+            if self.now < limit < inf:
                 self._move(limit)
             return False
         self.steps += 1
@@ -90,7 +89,13 @@ class World:
         for host, device in self._devices:
             while device.waiting:
                 host.receive(device)
+        self.flush()
         return True
+
+    def flush(self) -> None:
+        """Let every host wake its users and send what is due."""
+        for host in self._hosts:
+            host.flush()
 
     def _move(self, now: float) -> None:
         self.now = now
@@ -121,7 +126,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def __init__(self, world: World) -> None:
         self._world = world
-        super().__init__(_WorldSelector(world))
+        super().__init__(_WorldSelector(world, lambda: bool(self._ready)))  # type: ignore[attr-defined]  # BaseEventLoop's queue
 
     def time(self) -> float:
         """The world's clock."""
@@ -129,10 +134,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class _WorldSelector(selectors.BaseSelector):
-    """Waits by letting the world go on. File descriptors are accepted, since the loop has a self-pipe, and are never ready."""
+    """Waits by letting the world go on. File descriptors are accepted, since the loop has a self-pipe, and are never ready.
 
-    def __init__(self, world: World) -> None:
+    `is_busy` says whether callbacks wait to be called, who must see the world as it is now.
+    """
+
+    def __init__(self, world: World, is_busy: Callable[[], bool]) -> None:
         self._world = world
+        self._is_busy = is_busy
         self._keys: dict[Any, selectors.SelectorKey] = {}
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
@@ -148,6 +157,9 @@ class _WorldSelector(selectors.BaseSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         world = self._world
+        world.flush()
+        if self._is_busy():
+            return []
         if timeout is None:
             if not world.step():
                 raise RuntimeError(f"nothing will ever happen again in this world (seed {world.seed}, {world.now} s)")

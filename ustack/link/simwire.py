@@ -92,7 +92,7 @@ class SimDevice(Device):
     `poll`.
     """
 
-    __slots__ = ("_deliver", "_drops", "_ring", "_ring_type", "_waiting", "on_receivable", "wire")
+    __slots__ = ("_attached", "_deliver", "_drops", "_ring_type", "_waiting", "on_receivable", "wire")
 
     def __init__(
         self,
@@ -106,16 +106,17 @@ class SimDevice(Device):
         self.wire: Callable[[WireFrame], None] | None = None
         self.on_receivable: Callable[[], None] = _nobody
         self._ring_type = ring
-        self._ring: RxRing | None = None
+        self._attached = False
         self._drops = Drops()
         self._deliver: Callable[[RxFrame], None] = _nowhere
         self._waiting: deque[WireFrame] = deque()
 
     def attach(self, memory: SkbMemory, drops: Drops, deliver: Callable[[RxFrame], None]) -> None:
         """See `Device.attach`."""
-        self._ring = self._ring_type(memory, SUPER_FRAME if self.features & FEATURE_TSO else ETH_HLEN + self.mtu)
+        self.ring = self._ring_type(memory, SUPER_FRAME if self.features & FEATURE_TSO else ETH_HLEN + self.mtu)
         self._drops = drops
         self._deliver = deliver
+        self._attached = True
 
     @property
     def waiting(self) -> int:
@@ -123,18 +124,19 @@ class SimDevice(Device):
         return len(self._waiting)
 
     def receive(self, frame: WireFrame) -> None:
-        """A frame arrives from the wire."""
+        """A frame arrives from the wire; a device that is not attached does not notice."""
         waiting = self._waiting
-        waiting.append(frame)
-        if len(waiting) == 1:
-            self.on_receivable()
+        if self._attached:
+            waiting.append(frame)
+            if len(waiting) == 1:
+                self.on_receivable()
 
     def poll(self, budget: int) -> int:
         """See `Device.poll`."""
-        ring = self._ring
         waiting = self._waiting
-        if ring is None:
+        if not waiting:
             return 0
+        ring = self.ring
         count = 0
         while waiting and count < budget:
             arrived = waiting.popleft()
@@ -172,9 +174,9 @@ class SimDevice(Device):
         """See `Device.close`; frames that wait are lost, as with a real device."""
         self.wire = None
         self._waiting.clear()
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
+        if self._attached:
+            self._attached = False
+            self.ring.close()
 
 
 class Direction:
