@@ -1,0 +1,137 @@
+"""`ustack nbd` as its users meet it: on uvloop, in a process of its own where it has to be."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ustack.cli.nbd import human_size, nbd
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SERVE = "import sys; from ustack.cli.nbd import nbd; nbd(['serve', *sys.argv[1:]])"
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[list[str]]:
+    """`ustack nbd serve` in another process; gives the URIs that it prints. It must end well when interrupted."""
+    server = subprocess.Popen([sys.executable, "-c", SERVE, *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        exports = arguments.count("--memory") + sum(not a.startswith("-") for a in arguments[:1])
+        yield [server.stdout.readline().split("\t")[0] for _ in range(exports)]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(10) == 0
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def ustack_nbd(*arguments: str, status: int = 0) -> Result:
+    """Run the command in this process; it must end with this status."""
+    result = CliRunner().invoke(nbd, arguments)
+    assert result.exit_code == status, result.output
+    return result
+
+
+def test_info_looks_like_nbdinfo() -> None:
+    with serving("--memory", "8M", "--port", "0") as (uri,):
+        assert ustack_nbd("info", uri).stdout.splitlines() == [
+            "protocol: newstyle-fixed without TLS, using structured packets",
+            'export="memory":',
+            "\texport-size: 8388608 (8M)",
+            f"\turi: {uri}",
+            "\tis_rotational: false",
+            "\tis_read_only: false",
+            "\tcan_cache: true",
+            "\tcan_df: true",
+            "\tcan_fast_zero: false",
+            "\tcan_flush: true",
+            "\tcan_fua: true",
+            "\tcan_multi_conn: true",
+            "\tcan_trim: true",
+            "\tcan_zero: true",
+            "\tblock_size_minimum: 1",
+            "\tblock_size_preferred: 4096",
+            "\tblock_size_maximum: 33554432",
+        ]
+        assert ustack_nbd("info", "--size", uri).stdout == "8388608\n"
+
+
+def test_json_has_the_keys_of_nbdinfo_and_list_has_every_export(tmp_path: Path) -> None:
+    (tmp_path / "an image").write_bytes(bytes(512))
+    with serving(str(tmp_path / "an image"), "--memory", "1M", "--read-only", "--unix", str(tmp_path / "socket")) as uris:
+        listed = json.loads(ustack_nbd("info", "--list", "--json", uris[0]).stdout)
+        assert listed["protocol"] == "newstyle-fixed"
+        memory, image = listed["exports"]
+        assert (memory["export-name"], memory["export-size-str"], memory["is_read_only"]) == ("memory", "1M", True)
+        assert (image["export-name"], image["export-size"], image["uri"]) == ("an image", 512, uris[1])
+        assert "%20image" in uris[1]
+        text = ustack_nbd("info", "--list", uris[0]).stdout
+        assert text.count("export=") == 2
+    assert not (tmp_path / "socket").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--progress",), ("-R", "3", "--request-size", "10000", "-S", "0", "--no-flush")])
+def test_copy_brings_back_what_it_took(options: tuple[str, ...], tmp_path: Path) -> None:
+    content = random.Random(8).randbytes(3 << 20) + bytes(1 << 20)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(content)
+    with serving("--memory", "4M", "--port", "0") as (uri,):
+        there = ustack_nbd("copy", *options, str(source), uri)
+        assert there.stdout.startswith("4194304 bytes (4M) in ")
+        assert ("4.2/4.2 MB" in there.stderr or "4.0/4.0 MiB" in there.stderr) == ("--progress" in options)
+        assert there.stdout.endswith(f"{0 if '-S' in options else 1 << 20} of them as zeroes\n")
+        ustack_nbd("copy", *options, uri, str(target))
+    assert target.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "complaint"),
+    [
+        (("info", "http://example.com"), 2, "scheme is 'http'"),
+        (("info", "nbds://localhost/"), 1, "demands TLS"),
+        (("info", "nbd+unix:///?socket=/nonexistent"), 1, "cannot connect: No such file"),
+        (("copy", "/nonexistent", "nbd://localhost/"), 1, "/nonexistent: No such file"),
+        (("copy", "--request-size", "many", "a", "b"), 2, "'many' is no size; examples: 4096, 256K, 1G"),
+        (("copy", "--requests", "0", "a", "b"), 2, "requests"),
+        (("serve",), 2, "nothing to serve"),
+        (("serve", "--memory", "1M", "--address", "192.0.2.1", "--port", "0"), 1, "assign requested address"),
+        (("serve", "/dev/null", "--port", "0"), 1, "/dev/null: neither a regular file"),
+    ],
+)
+def test_mistakes_end_with_one_clear_line(arguments: tuple[str, ...], status: int, complaint: str) -> None:
+    assert complaint in ustack_nbd(*arguments, status=status).stderr
+
+
+def test_a_failing_copy_says_which_side_failed(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(2 << 20))
+    with serving("--memory", "1M", "--port", "0") as (uri,):
+        too_small = ustack_nbd("copy", str(tmp_path / "source"), uri, status=1)
+        assert "the target has 1048576 bytes, the source 2097152" in too_small.stderr
+        unknown = ustack_nbd("copy", uri.replace("memory", "other"), str(tmp_path / "target"), status=1)
+        assert "no export named 'other'" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0"), (1023, "1023"), (1024, "1K"), (1536, "1536"), (1 << 30, "1G"), (1253376, "1224K"), (3 << 60, "3E")],
+)
+def test_sizes_are_written_in_the_largest_unit_that_divides_them(size: int, text: str) -> None:
+    assert human_size(size) == text
+
+
+def test_help_does_not_load_what_only_the_work_needs() -> None:
+    check = "import sys; import ustack.cli.nbd; print(*(m for m in ('asyncio', 'uvloop', 'rich', 'ustack.nbd') if m in sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert loaded.stdout == "\n"
