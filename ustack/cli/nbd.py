@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+
+from ustack.cli.control import control_option, open_tcp_through_daemon
+from ustack.cli.size import Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -16,23 +18,6 @@ if TYPE_CHECKING:
     from ustack.nbd.copy import CopyResult, Disk
 
 SCHEMES: Final = ("nbd:", "nbds:", "nbd+unix:", "nbds+unix:")
-DEFAULT_CONTROL: Final = "/run/ustack/control.sock"
-_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-class Size(click.ParamType[int]):
-    """Bytes with an optional K, M, G or T (powers of 1024)."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", str(value), re.IGNORECASE)
-        if match is None:
-            self.fail(f"{value!r} is no size; examples: 4096, 256K, 1G", param, ctx)
-        return int(match[1]) * _UNITS[match[2].upper()]
 
 
 def human_size(nbytes: int) -> str:
@@ -53,7 +38,7 @@ def _via_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Whose TCP: the kernel's, or our own stack in a running daemon.",
         ),
-        click.option("--control", default=DEFAULT_CONTROL, show_default=True, help="Control socket of the daemon."),
+        control_option,
         click.option(
             "--timeout",
             type=click.FloatRange(min=0, min_open=True),
@@ -70,7 +55,6 @@ def _via_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _create_connection(via: str, control: str) -> CreateConnection | None:
     if via == "kernel":
         return None
-    from ustack.cli.control import open_tcp_through_daemon
 
     async def through_daemon(factory: Any, host: str, port: int) -> tuple[Any, Any]:
         return await open_tcp_through_daemon(control, host, port, factory, memalloc=True)
@@ -314,6 +298,7 @@ async def _serve(
 ) -> None:
     from pathlib import Path
 
+    from ustack.cli.signals import until_signal
     from ustack.nbd import NbdUri
     from ustack.nbd.export import Export, FileExport, MemoryExport
     from ustack.nbd.server import NbdServer
@@ -335,16 +320,6 @@ async def _serve(
         click.echo(f"{_uri_of(uri, export.info.name)}\t{human_size(export.info.size)}")
     sys.stdout.flush()
     try:
-        await _until_signal()
+        await until_signal()
     finally:
         await server.close()
-
-
-async def _until_signal() -> None:
-    import asyncio
-    import signal
-
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await stop.wait()

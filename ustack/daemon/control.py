@@ -124,6 +124,8 @@ class Session(asyncio.Protocol):
         self._transport: Any = None
         self._buffer = bytearray()
         self._task: asyncio.Task[None] | None = None
+        self._series: PingSeries | None = None
+        self._leaving = False
         self._peer_transport: Any = None  # of a connection that is being handed over, or was
 
     # -- asyncio.Protocol --
@@ -141,6 +143,13 @@ class Session(asyncio.Protocol):
             self._transport.close()
             return
         self._next()
+
+    def eof_received(self) -> bool:
+        """The client has no more calls: a ping that never ends does so now, what else it asked for is answered yet."""
+        if self._series is not None:
+            self._series.stop()
+        self._leaving = True
+        return self._task is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: so is what it asked for."""
@@ -174,6 +183,8 @@ class Session(asyncio.Protocol):
             task.result()
         if not self._transport.is_closing() and self._transport.get_protocol() is self:
             self._next()
+            if self._leaving and self._task is None:
+                self._transport.close()
 
     async def _serve(self, line: bytes) -> None:
         try:
@@ -212,7 +223,7 @@ class Session(asyncio.Protocol):
         size: int = 56,
         timeout: float = 10.0,  # noqa: ASYNC109
     ) -> None:
-        series = PingSeries(
+        self._series = series = PingSeries(
             self._server.stack,
             host,
             count=count,
@@ -221,7 +232,10 @@ class Session(asyncio.Protocol):
             timeout=timeout,
             report=lambda event: self._send({"event": event}),
         )
-        self._answer(ok=await series.run())
+        try:
+            self._answer(ok=await series.run())
+        finally:
+            self._series = None
 
     # -- connections --
 

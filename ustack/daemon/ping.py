@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ from ustack.wire import icmp
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ustack.net.icmp import Echo
     from ustack.stack import Stack
 
 PAYLOAD_MAX: Final = 65507
@@ -74,23 +76,15 @@ class PingSeries:
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
-            while self._count is None or self.sent < self._count:
+            while (self._count is None or self.sent < self._count) and not self._done.is_set():
                 if self.sent:
-                    await asyncio.sleep(max(started + self.sent * self._interval - loop.time(), 0))
-                seq = self.sent + 1
-                self._waiting[seq & _MASK] = (seq, perf_counter())
-                self._answered.discard(seq & _MASK)
-                self.sent = seq
-                self._stack.tick()
-                if not echo.send(self._dst, seq & _MASK, self._payload):
-                    self._forget(seq & _MASK, "not sent: it does not fit the path MTU, or the device is full")
+                    await self._wait(started + self.sent * self._interval - loop.time())
+                    if self._done.is_set():
+                        break
+                self._send(echo)
             self._all_sent = True
             if self._waiting:
-                try:
-                    async with asyncio.timeout(self._timeout):
-                        await self._done.wait()
-                except TimeoutError:
-                    pass
+                await self._wait(self._timeout)
         finally:
             echo.close()
         return {
@@ -100,6 +94,25 @@ class PingSeries:
             "errors": self.errors,
             "time": loop.time() - started,
         }
+
+    def stop(self) -> None:
+        """Let `run` return at once, with what there is."""
+        self._done.set()
+
+    async def _wait(self, seconds: float) -> None:
+        """Until all is done, but not longer than that."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(seconds, 0)):
+                await self._done.wait()
+
+    def _send(self, echo: Echo) -> None:
+        self.sent += 1
+        on_wire = self.sent & _MASK
+        self._waiting[on_wire] = (self.sent, perf_counter())
+        self._answered.discard(on_wire)
+        self._stack.tick()
+        if not echo.send(self._dst, on_wire, self._payload):
+            self._forget(on_wire, "not sent: it does not fit the path MTU, or the device is full")
 
     def _on_reply(self, src: bytes, seq: int, payload: bytes, ttl: int) -> None:
         now = perf_counter()

@@ -69,10 +69,8 @@ def memory(stack: Stack) -> dict[str, Any]:
 
 def charges(stack: Stack) -> dict[str, int]:
     """Truesize of the packets that wait, by the kind of queue that is charged for them."""
-    accounts = [stack.tcp.send_account, stack.tcp.receive_account, stack.tcp.ofo_account, stack.udp.account]
-    accounts += [interface.neighbours.account for interface in stack.interfaces]
     found: dict[str, int] = {}
-    for account in accounts:
+    for account in stack.accounts():
         found[account.name] = found.get(account.name, 0) + account.bytes
     return found
 

@@ -33,7 +33,7 @@ _CHARACTERS: Final = b"".join(
 
 
 class _Server(asyncio.BufferedProtocol):
-    """What the three have in common: a transport, and one buffer that all share, since it is empty again when a call returns."""
+    """What the three have in common: a transport, and one buffer that all share, since it is empty when a call returns."""
 
     __slots__ = ("_transports", "transport")
 
@@ -103,7 +103,7 @@ class _Chargen(_Server):
 
 
 class _UdpEcho:
-    """Sends every datagram back from the wake-up that it caused: no task, and no datagram waits for a turn of the event loop."""
+    """Sends every datagram back from the wake-up that it caused: no task, and no turn of the event loop in between."""
 
     __slots__ = ("_socket",)
 

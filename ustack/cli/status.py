@@ -1,0 +1,51 @@
+"""`ustack status`: what a running daemon is, and how its memory and its exports are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from ustack.cli.control import call, control_option
+from ustack.daemon.size import format_size
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+@control_option
+def status(as_json: bool, control: str) -> None:
+    """Show the daemon's device, NBD exports and memory."""
+    report = call(control, "status") | {"memory": call(control, "memory")}
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    click.echo(
+        f"ustack {report['version']}, process {report['pid']}, up {report['uptime']:.0f} s, configured by {report['config']}"
+    )
+    for link in report["devices"]:
+        stats = link["stats"]
+        click.echo(f"{link['name']}: {link['address']}, {link['mac']}, mtu {link['mtu']}")
+        click.echo(f"    received {stats['rx_packets']} frames, {stats['rx_bytes']} bytes; ", nl=False)
+        click.echo(f"sent {stats['tx_packets']} frames, {stats['tx_bytes']} bytes, {stats['tx_errors']} errors")
+        for neighbour in link["neighbours"]:
+            click.echo(f"    neighbour {neighbour['address']} {neighbour['lladdr'] or ''} {neighbour['state']}")
+    for route in report["routes"]:
+        click.echo(f"route {route}")
+    for export in report["nbd"]:
+        size = f", {format_size(export['size'])}" if export["size"] else ""
+        error = f": {export['error']}" if export["error"] else ""
+        click.echo(f"nbd {export['name']} {export['uri']}: {export['state']} for {export['since']:.0f} s{size}{error}")
+    _print_memory(report["memory"])
+
+
+def _print_memory(memory: dict[str, Any]) -> None:
+    reserve = memory["reserve"]
+    pressure = ", under pressure" if memory["under_pressure"] else ""
+    click.echo(f"memory: {memory['free']} of {memory['size']} bytes free, at most {memory['peak_used']} used{pressure}")
+    click.echo(
+        f"    reserve: {reserve['free']} of {reserve['size']} bytes free, never below {reserve['low_water']};"
+        f" {reserve['memalloc_sockets']} memalloc sockets"
+    )
+    for owner, nbytes in memory["by_owner"].items():
+        click.echo(f"    {owner}: {nbytes}")
