@@ -103,7 +103,7 @@ def test_copy_brings_back_what_it_took(options: tuple[str, ...], tmp_path: Path)
         (("info", "nbds://localhost/"), 1, "demands TLS"),
         (("info", "nbd+unix:///?socket=/nonexistent"), 1, "cannot connect: No such file"),
         (("copy", "/nonexistent", "nbd://localhost/"), 1, "/nonexistent: No such file"),
-        (("copy", "--request-size", "many", "a", "b"), 2, "'many' is no size; examples: 4096, 256K, 1G"),
+        (("copy", "--request-size", "many", "a", "b"), 2, "'many' is no size"),
         (("copy", "--requests", "0", "a", "b"), 2, "requests"),
         (("serve",), 2, "nothing to serve"),
         (("serve", "--memory", "1M", "--address", "192.0.2.1", "--port", "0"), 1, "assign requested address"),
@@ -132,6 +132,7 @@ def test_sizes_are_written_in_the_largest_unit_that_divides_them(size: int, text
 
 
 def test_help_does_not_load_what_only_the_work_needs() -> None:
-    check = "import sys; import ustack.cli.nbd; print(*(m for m in ('asyncio', 'uvloop', 'rich', 'ustack.nbd') if m in sys.modules))"
+    heavy = "('asyncio', 'uvloop', 'rich', 'ustack.nbd')"
+    check = f"import sys, ustack.cli.nbd; print(*(name for name in {heavy} if name in sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert loaded.stdout == "\n"
