@@ -34,6 +34,7 @@ async def test_what_is_written_is_read_back_also_when_calls_are_larger_than_any_
         small = bytearray(10)
         await disk.pread_into(small, 12345 + 40 * MIB)
         assert small == content[40 * MIB : 40 * MIB + 10]
+        small.extend(b"nobody holds on to the caller's memory")
         assert await disk.pread(100, 80 * MIB - 100) == bytes(100)
 
 
@@ -338,6 +339,16 @@ async def test_writes_wait_while_the_transport_has_enough() -> None:
         disk.resume_writing()
         await write
         assert await disk.pread(4, 0) == b"late"
+
+
+async def test_close_turns_away_those_who_wait_for_the_transport() -> None:
+    async with serving() as uri, nbd.connect(uri) as disk:
+        disk.pause_writing()
+        write = asyncio.create_task(disk.pwrite(b"too late", 0))
+        await asyncio.sleep(0)
+        await disk.close()
+        with pytest.raises(BrokenPipeError):
+            await write
 
 
 class Wrapped:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypedDict, Unpack
 
 from ustack.nbd.admission import Admission
 from ustack.nbd.constants import (
@@ -66,6 +66,15 @@ CreateConnection: TypeAlias = Callable[[ProtocolFactory, str, int], Awaitable[tu
 """loop.create_connection or Stack.create_connection."""
 
 
+class ClientOptions(TypedDict, total=False):
+    """Keyword arguments that `connect` and `NbdClient.open` hand on to `NbdClient`."""
+
+    purpose: Purpose
+    queue_depth: int
+    max_bytes_in_flight: int
+    request_timeout: float | None
+
+
 class _Call(Request):
     """A request with the future that its caller waits for."""
 
@@ -104,6 +113,9 @@ class NbdClient(asyncio.BufferedProtocol):
         max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
         request_timeout: float | None = REQUEST_TIMEOUT,
     ) -> None:
+        """At most `queue_depth` requests with `max_bytes_in_flight` bytes of payload are in flight; each must be answered
+        within `request_timeout` seconds (None: whenever it likes), or the connection is given up. ValueError for an impossible
+        name."""
         self.info = ExportInfo(export, 0)
         self.structured_replies = False
         self.negotiation: list[Event] = []
@@ -127,7 +139,12 @@ class NbdClient(asyncio.BufferedProtocol):
 
     @classmethod
     async def open(
-        cls, connector: Connector, export: str = "", *, connect_timeout: float | None = CONNECT_TIMEOUT, **options: Any
+        cls,
+        connector: Connector,
+        export: str = "",
+        *,
+        connect_timeout: float | None = CONNECT_TIMEOUT,
+        **options: Unpack[ClientOptions],
     ) -> Self:
         """Connect with `connector`, negotiate, and return the client ready for use.
 
@@ -485,6 +502,8 @@ class NbdClient(asyncio.BufferedProtocol):
             self._transport.write(self._transmission.disconnect())
             self._failure = (errno.EPIPE, "closed")
             self._transport.close()
+            self._admission.closed = True
+            self._admission.admit()
 
     # -- asyncio.BufferedProtocol ------------------------------------------------------------------------------------------
 

@@ -6,9 +6,9 @@ import asyncio
 import errno
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from ustack.nbd.client import CONNECT_TIMEOUT, Connector, CreateConnection, NbdClient, ProtocolFactory
+from ustack.nbd.client import CONNECT_TIMEOUT, ClientOptions, Connector, CreateConnection, NbdClient, ProtocolFactory
 from ustack.nbd.handshake import ExportDescribed, ExportListed, Purpose
 from ustack.nbd.uri import NbdUri
 
@@ -50,12 +50,18 @@ def connector_for(uri: NbdUri, create_connection: CreateConnection | None = None
 
 @asynccontextmanager
 async def connect(
-    uri: str | NbdUri, *, create_connection: CreateConnection | None = None, **options: Any
+    uri: str | NbdUri,
+    *,
+    create_connection: CreateConnection | None = None,
+    connect_timeout: float | None = CONNECT_TIMEOUT,
+    **options: Unpack[ClientOptions],
 ) -> AsyncIterator[NbdClient]:
     """The export at `uri` as a disk, for `async with`. `options` are those of `NbdClient.open`, and so are the errors; a
     malformed URI is a ValueError."""
     parsed = NbdUri.parse(uri) if isinstance(uri, str) else uri
-    async with await NbdClient.open(connector_for(parsed, create_connection), parsed.export, **options) as disk:
+    async with await NbdClient.open(
+        connector_for(parsed, create_connection), parsed.export, connect_timeout=connect_timeout, **options
+    ) as disk:
         yield disk
 
 
