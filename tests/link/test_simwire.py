@@ -140,10 +140,18 @@ def test_the_same_seed_is_the_same_run(make_lan: Callable[..., Lan]) -> None:
 
 def test_corruption_flips_one_bit(make_lan: Callable[..., Lan]) -> None:
     lan = make_lan(corrupt=1.0)
-    for _, frame, csum_ok, _ in lan.send(bytes(100), bytes(100)):
-        assert sum(byte.bit_count() for byte in frame) == 1
+    sent = segment(b"payload", complete=True)
+    for _, frame, csum_ok, _ in lan.send(sent, sent):
+        assert sum((x ^ y).bit_count() for x, y in zip(frame, sent, strict=True)) == 1
         assert not csum_ok
     assert lan.wire.there.corrupted == 2
+
+
+def test_damage_that_no_checksum_would_notice_is_loss(make_lan: Callable[..., Lan]) -> None:
+    """ARP has none: the frame check sequence of a real wire guards it."""
+    lan = make_lan(corrupt=1.0)
+    assert lan.send(ethernet.build_header(bytes(6), bytes(6), ethernet.ETH_P_ARP) + bytes(28)) == []
+    assert lan.wire.there.drops.by_name() == {"WIRE_LOSS": 1}
 
 
 def segment(payload: bytes, flags: int = tcp.ACK | tcp.PSH, complete: bool = False) -> bytes:

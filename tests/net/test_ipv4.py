@@ -159,6 +159,16 @@ def test_an_address_is_used_once(host: BenchHost) -> None:
         host.ipv4.add_interface(Interface(host.env, host.device, host.address, 24))
 
 
+def test_an_interface_that_was_removed_takes_nothing_in(host: BenchHost) -> None:
+    delivered = listen(host)
+    host.ipv4.remove_interface(host.interface)
+    host.arrive_ip(PROTO, b"payload")
+    host.arrive_arp(1, host.peer, host.address)
+    assert delivered == []
+    assert host.take_sent() == []
+    assert host.drops == {"UNHANDLED_PROTO": 2}
+
+
 def test_a_protocol_that_nobody_handles_is_reported_to_the_sender(host: BenchHost) -> None:
     host.arrive_ip(PROTO, b"payload")
     host.answer_arp()
@@ -271,11 +281,12 @@ def test_a_report_that_cannot_be_true_is_dropped(host: BenchHost, mtu: int, tota
 
 @pytest.mark.parametrize("mtu", [0, 68, 296, 551])
 def test_a_very_narrow_path_gets_packets_of_552_bytes_that_may_be_fragmented(host: BenchHost, mtu: int) -> None:
-    believe(host)
+    told = believe(host)
     path = host.ipv4.path(host.peer)
     path.send(PROTO, 0, (), 0)
     host.answer_arp()
     report_frag_needed(host, mtu)
+    assert told == [552]
     assert path.mtu == 552
     host.take_sent()
     path.send(PROTO, 0, (), 0)
@@ -284,6 +295,14 @@ def test_a_very_narrow_path_gets_packets_of_552_bytes_that_may_be_fragmented(hos
     host.take_sent()
     path.send(PROTO, 0, (), 0)
     assert host.take_sent()[0][20] & 0x40 == 0x40
+
+
+def test_a_path_that_starts_on_a_narrow_link_is_not_widened_by_a_report(make_bench: Callable[..., BenchHost]) -> None:
+    host = make_bench(mtu=400)
+    believe(host)
+    path = host.ipv4.path(host.peer)
+    report_frag_needed(host, 300)
+    assert path.mtu == 400
 
 
 def test_the_path_mtu_of_a_bounded_number_of_destinations_is_remembered(host: BenchHost) -> None:

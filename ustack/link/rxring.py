@@ -165,7 +165,7 @@ class PagedRing(RxRing):
         if not fresh:
             return None
         pfmemalloc = pages.pfmemalloc
-        skb = memory.alloc(max(split, 0), gfp)
+        skb = memory.alloc(max(split, 1), gfp)  # a pool has nothing of no bytes
         if skb is None:
             pages.free_bulk(fresh)
             return None
@@ -203,7 +203,9 @@ class LinearRing(RxRing):
         self._posted: deque[tuple[int, bool]] = deque()
         self.iov.append(self.frame.head)
         if not self.ready():
-            raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no memory for a receive ring of {max_frame}-byte buffers")
+            raise OSError(
+                errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no memory for a receive ring of {max_frame}-byte buffers"
+            )
 
     def ready(self) -> bool:
         """Post what is missing; whether at least one buffer is posted."""

@@ -237,6 +237,10 @@ class Direction:
         if not self.receiver.features & FEATURE_CSUM:
             frame.complete()
         if impairments.corrupt and chance() < impairments.corrupt:
+            if frame.data[12:14] != b"\x08\x00":
+                # ARP has no checksum of its own: on a real wire the frame check sequence guards it, and damage is loss.
+                self.drops.count(DropReason.WIRE_LOSS)
+                return
             self._damage(frame)
         if impairments.duplicate and chance() < impairments.duplicate:
             self.duplicated += 1

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ustack.drops import DropReason
+from ustack.net.path import PMTU_MIN
 from ustack.wire import ethernet, icmp, ipv4
 from ustack.wire.checksum import finish, ones_sum_views
 
@@ -120,7 +121,8 @@ class Icmp:
             self._refuse(DropReason.ICMP_MALFORMED)
             return
         handler = self.error_handlers.get(quoted.protocol)
-        if handler is None or not handler(kind, code, mtu if frag_needed else 0, quoted.src, quoted.dst, l4):
+        usable = max(mtu, PMTU_MIN) if frag_needed else 0
+        if handler is None or not handler(kind, code, usable, quoted.src, quoted.dst, l4):
             self._refuse(DropReason.ICMP_MALFORMED)
         elif frag_needed:
             self._ipv4.learn_pmtu(quoted.dst, mtu)

@@ -93,7 +93,8 @@ class Interface:
         handler(self, frame, ethernet.HEADER_LEN)
 
     def close(self) -> None:
-        """Forget the neighbours, free what waits for them and stop announcing. The device stays open."""
+        """Take nothing more in, forget the neighbours, free what waits for them. The device stays open."""
+        self.handlers.clear()
         self.arp.close()
         self.neighbours.close()
 

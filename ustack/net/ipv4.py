@@ -35,9 +35,6 @@ PATHS_MAX: Final = 1024
 PMTU_EXPIRES: Final = 600.0
 """Seconds after which a path may be tried with larger packets again (RFC 1191, section 6.3)."""
 
-PMTU_MIN: Final = 552
-"""Bytes that a path MTU is never set below, so that nobody can make us send tiny segments (Linux, ip_rt_min_pmtu)."""
-
 PMTU_ENTRIES_MAX: Final = 1024
 """Destinations whose path MTU is remembered; the oldest is forgotten first."""
 
@@ -129,7 +126,6 @@ class Ipv4:
         """Forget `interface`, its address and the routes through it, and free what waits for its neighbours."""
         self.interfaces.remove(interface)
         del self.addresses[interface.address]
-        del interface.handlers[ethernet.ETH_P_IP]
         self._addresses_changed()
         self.routes.remove_interface(interface)
         self._invalidate()
@@ -236,7 +232,7 @@ class Ipv4:
         path = Path(self.env, interface, neighbour, src or interface.address, dst, broadcast=False)
         neighbour.paths.append(path)
         if dst in self._pmtu:
-            self._narrow(path, self._pmtu[dst][1])
+            path.narrow(self._pmtu[dst][1])
         return path
 
     def _broadcast_interface(self, dst: bytes, src: bytes | None) -> Interface | None:
@@ -258,11 +254,7 @@ class Ipv4:
         return (path for path in self._paths.values() if path.dst == dst)
 
     def learn_pmtu(self, dst: bytes, mtu: int) -> None:
-        """Narrow every path to `dst` to `mtu` bytes, for as long as `PMTU_EXPIRES`; a path that is narrow already stays as it
-        is.
-
-        Under `PMTU_MIN` the path stays that wide, and its packets may be fragmented instead.
-        """
+        """Narrow every path to `dst` to `mtu` bytes for `PMTU_EXPIRES` seconds; what is known to be narrower stays so."""
         known = self._pmtu.get(dst)
         if known is not None and known[1] <= mtu:
             return
@@ -273,11 +265,7 @@ class Ipv4:
         if not self._pmtu_timer.pending:
             self.env.timers.set(self._pmtu_timer, self.env.timers.now + PMTU_EXPIRES)
         for path in self._paths_to(dst):
-            self._narrow(path, mtu)
-
-    def _narrow(self, path: Path, mtu: int) -> None:
-        if mtu < path.mtu:
-            path.narrow(max(mtu, PMTU_MIN), allow_fragments=mtu < PMTU_MIN)
+            path.narrow(mtu)
 
     def _forget_pmtu(self, dst: bytes) -> None:
         del self._pmtu[dst]

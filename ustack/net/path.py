@@ -32,6 +32,9 @@ L3: Final = ethernet.HEADER_LEN
 L4: Final = L3 + ipv4.HEADER_LEN
 """Offset of the transport header in the template: we send no IP options."""
 
+PMTU_MIN: Final = 552
+"""Bytes that a path MTU is never set below, so that nobody can make us send tiny segments (Linux, ip_rt_min_pmtu)."""
+
 _FIELDS: Final = Struct("!6H")
 """The part of the IP header that varies: version to TOS, total length, identification, flags, TTL and protocol, checksum."""
 
@@ -162,10 +165,11 @@ class Path:
         self._drops.count(DropReason.TX_DEVICE)
         return False
 
-    def narrow(self, mtu: int, allow_fragments: bool) -> None:
-        """Take no packets over `mtu` bytes. With `allow_fragments` the path takes even less, and routers may cut (no DF)."""
-        self.mtu = mtu
-        self._df = 0 if allow_fragments else ipv4.IP_DF
+    def narrow(self, mtu: int) -> None:
+        """The path takes only `mtu` bytes. Under `PMTU_MIN` it is sent that much all the same, and routers may cut (no DF)."""
+        if mtu < self.mtu:
+            self.mtu = min(self.mtu, max(mtu, PMTU_MIN))
+            self._df = 0 if mtu < PMTU_MIN else ipv4.IP_DF
 
     def widen(self) -> None:
         """Forget what was learned about the path's MTU."""
