@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from ustack.link.device import Device
+    from ustack.skb import Account
 
 DEFAULT_MEMORY: Final = 64 << 20
 """Bytes of packet memory: room for a few connections at full autotuned size."""
@@ -110,6 +111,16 @@ class Stack:
                 self.ip.routes.add(target.network_address.packed, target.prefixlen, interface, router, metric)
                 return
         raise ValueError(f"route {network} via {via}: {via} is on none of our networks")
+
+    def accounts(self) -> list[Account]:
+        """Who waits for what: the accounts of all skbs, one for each kind of owner."""
+        return [
+            self.tcp.receive_account,
+            self.tcp.ofo_account,
+            self.tcp.send_account,
+            self.udp.account,
+            *(interface.neighbours.account for interface in self.interfaces),
+        ]
 
     # -- driven by hand --
 

@@ -19,6 +19,8 @@ class TcpConfig:
     """Initial send limit in bytes of truesize; Linux starts with 16384 and grows at once to what the initial window needs."""
     wmem_max: int = 4 << 20
     """Send limit in bytes up to which autotuning goes (tcp_wmem[2])."""
+    mem_max: int = 0
+    """Bytes of truesize that all connections together may hold (tcp_mem[2], which counts pages); 0: three quarters of the arena."""
     syn_retries: int = 6
     """Retransmissions of a SYN before connecting fails with ETIMEDOUT: about 127 s (tcp_syn_retries)."""
     synack_retries: int = 5

@@ -263,7 +263,8 @@ class Connection:
         if not view:
             return 0
         queue = self.send_queue
-        taken = queue.append(view, self.sndbuf, self.gfp)
+        short = self.tcp.over_limit and not self.options.memalloc and queue.account.bytes > 0
+        taken = 0 if short else queue.append(view, self.sndbuf, self.gfp)
         if taken:
             complete = taken == len(view)
             if not (more and complete):

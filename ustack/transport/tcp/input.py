@@ -436,16 +436,21 @@ def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int
 
 
 def _make_room(conn: Connection) -> DropReason | None:
-    """Over the receive limit, give up out-of-order data first (tcp_prune_queue); None when there is room."""
+    """Over a limit, give up out-of-order data first (tcp_prune_queue); None when there is room, else why there is none.
+
+    A memalloc socket is bound by its own limit only, and a socket that holds next to nothing may always receive, so that it gets on.
+    """
     queue = conn.receive_queue
-    if queue.truesize <= conn.rcvbuf or not queue.truesize:
-        return None
-    if queue.ofo:
+    reason = None
+    if queue.truesize > conn.rcvbuf:
+        reason = DropReason.SOCKET_RCVBUFF
+    elif conn.tcp.over_limit and not conn.options.memalloc and queue.truesize >= conn.tcp.config.rmem_min:
+        reason = DropReason.PROTO_MEM
+    if reason is not None and queue.ofo:
         conn.tcp.env.mib.TcpExtTCPRcvPruned += 1
         queue.prune_out_of_order()
-        if queue.truesize <= conn.rcvbuf:
-            return None
-    return DropReason.SOCKET_RCVBUFF
+        return _make_room(conn)
+    return reason
 
 
 def _out_of_order(conn: Connection, segment: ArrivingSegment, offset: int, seq: int, end: int) -> DropReason | None:
@@ -454,6 +459,8 @@ def _out_of_order(conn: Connection, segment: ArrivingSegment, offset: int, seq: 
     _duplicate_ack(conn)
     if queue.truesize > conn.rcvbuf:
         return DropReason.SOCKET_RCVBUFF
+    if conn.tcp.over_limit and not conn.options.memalloc:
+        return DropReason.PROTO_MEM
     kept = queue.put_out_of_order(segment.frame, offset, seq, end, conn.gfp)
     if kept is None:
         return DropReason.TCP_OLD_DATA

@@ -71,6 +71,7 @@ class Tcp:
         "ip",
         "isn",
         "listeners",
+        "mem_max",
         "ofo_account",
         "receive_account",
         "segment",
@@ -88,6 +89,7 @@ class Tcp:
         self.send_account = Account("tcp send")
         self.receive_account = Account("tcp receive")
         self.ofo_account = Account("tcp out of order")
+        self.mem_max = config.mem_max or env.memory.arena.size // 4 * 3
         self._pending: list[Connection] = []
         self._woken_listeners: list[Listener] = []
         self._memory_waiters: set[Connection] = set()
@@ -98,6 +100,11 @@ class Tcp:
         self._challenges = 0
         ip.register(IPPROTO_TCP, self.input)
         ip.icmp.error_handlers[IPPROTO_TCP] = self.on_icmp_error
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether all connections together hold more memory than they may (tcp_mem)."""
+        return self.receive_account.bytes + self.ofo_account.bytes + self.send_account.bytes > self.mem_max
 
     # -- segments in --
 
@@ -350,7 +357,7 @@ class Tcp:
 
     def _wake_memory_waiters(self) -> None:
         pages = self.env.memory.pages
-        if pages.free_pages > pages.min_pages:
+        if pages.free_pages > pages.min_pages and not self.over_limit:
             waiters = self._memory_waiters
             self._memory_waiters = set()
             for conn in waiters:
