@@ -1,7 +1,7 @@
 """Why a packet was dropped: one enum for the whole stack, and the counters behind `ustack nstat`.
 
-The names are those of the kernel's `enum skb_drop_reason` (include/net/dropreason-core.h) wherever it has one for the case; the few
-of our own come last. A drop is counted once, at the place that decides it, and is never logged.
+The names are those of the kernel's `enum skb_drop_reason` (include/net/dropreason-core.h) wherever it has one for the case;
+the few of our own come last. A drop is counted once, at the place that decides it, and is never logged.
 """
 
 from __future__ import annotations

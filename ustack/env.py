@@ -1,4 +1,6 @@
-"""What every layer is handed: the clock, the packet memory, the counters and a source of randomness. What `struct net` is to the kernel."""
+"""What every layer is handed: the clock, the packet memory, the counters and a source of randomness. What `struct net` is to
+the kernel.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 class Env:
     """One stack's surroundings, shared by all its layers.
 
-    `random` decides ports, secrets and identifiers: seed it to repeat a run. `batching` is true while the stack processes a batch, which
-    ends with a flush; work that is left for a flush at any other time calls `want_flush`, and `kick` is who sees to it.
+    `random` decides ports, secrets and identifiers: seed it to repeat a run. `batching` is true while the stack processes a
+    batch, which ends with a flush; work that is left for a flush at any other time calls `want_flush`, and `kick` is who sees
+    to it.
     """
 
     __slots__ = ("batching", "drops", "kick", "memory", "mib", "random", "timers")

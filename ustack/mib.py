@@ -1,4 +1,6 @@
-"""Counters of the stack under the names of the kernel's SNMP tables (/proc/net/snmp and /proc/net/netstat), as `nstat` prints them."""
+"""Counters of the stack under the names of the kernel's SNMP tables (/proc/net/snmp and /proc/net/netstat), as `nstat` prints
+them.
+"""
 
 from __future__ import annotations
 

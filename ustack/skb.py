@@ -1,14 +1,15 @@
 """The packet: a window on pool memory that knows what it costs and who pays for it.
 
-As in the kernel, an skb has a linear part in one buffer of the pool and, after it, page fragments. The linear part has headroom, so
-that headers are pushed in front of the payload without a copy. `truesize` is what the packet really took from the pool: its head, its
-linear buffer rounded as the pool rounds it, and every page it holds, however little of it is used. An skb that waits anywhere is
-charged to an `Account`; freeing it takes the charge back. A clone has a head of its own and shares the data.
+As in the kernel, an skb has a linear part in one buffer of the pool and, after it, page fragments. The linear part has
+headroom, so that headers are pushed in front of the payload without a copy. `truesize` is what the packet really took from the
+pool: its head, its linear buffer rounded as the pool rounds it, and every page it holds, however little of it is used. An skb
+that waits anywhere is charged to an `Account`; freeing it takes the charge back. A clone has a head of its own and shares the
+data.
 
 `SkbMemory` is the allocator: pool, pages and a free list of Python objects, so that the hot path makes none.
 
-Source: Linux include/linux/skbuff.h for the vocabulary. Left out: the control block as untyped bytes (ours has typed slots, owned by
-whichever layer holds the skb) and header offsets (a header is parsed where it lies, before anything is kept).
+Source: Linux include/linux/skbuff.h for the vocabulary. Left out: the control block as untyped bytes (ours has typed slots,
+owned by whichever layer holds the skb) and header offsets (a header is parsed where it lies, before anything is kept).
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from pools.arena import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from pools.base import NULL, Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from pools.arena import Arena
     from pools.buddy import PageAllocator
 
@@ -32,7 +31,9 @@ FREE_LIST_MAX: Final = 4096
 
 
 def page_runs(pfns: list[int], offset: int, length: int) -> list[tuple[int, int]]:
-    """The bytes `offset .. offset+length` of the pages `pfns`, laid end to end, as runs `(address, length)`; neighbours are joined."""
+    """The bytes `offset .. offset+length` of the pages `pfns`, laid end to end, as runs `(address, length)`; neighbours are
+    joined.
+    """
     runs: list[tuple[int, int]] = []
     if not length:
         return runs
@@ -87,9 +88,9 @@ class Account:
 class Skb:
     """A packet in pool memory. Made by `SkbMemory`; `free()` ends it.
 
-    `data` and `tail` are arena addresses of the linear part; `frags` are runs `(address, length)` behind it, on the pages `pfns`.
-    `len` counts both, in bytes. The rest are typed slots of the layer that holds the packet now: `seq`, `end_seq`, `flags` and
-    `sent_at` belong to TCP; `peer` is the sender of a datagram.
+    `data` and `tail` are arena addresses of the linear part; `frags` are runs `(address, length)` behind it, on the pages
+    `pfns`. `len` counts both, in bytes. The rest are typed slots of the layer that holds the packet now: `seq`, `end_seq`,
+    `flags` and `sent_at` belong to TCP; `peer` is the sender of a datagram.
     """
 
     __slots__ = (
@@ -106,8 +107,8 @@ class Skb:
         "peer",
         "pfmemalloc",
         "pfns",
-        "seq",
         "sent_at",
+        "seq",
         "size",
         "tail",
         "truesize",
@@ -155,7 +156,9 @@ class Skb:
         self.len += length
 
     def append(self, payload: memoryview) -> int:
-        """Copy as much of `payload` as there is room for behind the data, in the linear part or in the pages; return how much."""
+        """Copy as much of `payload` as there is room for behind the data, in the linear part or in the pages; return how
+        much.
+        """
         if not self.pfns:
             length = min(len(payload), self.tailroom)
             self.put(payload[:length])
@@ -181,7 +184,9 @@ class Skb:
         frags.append((addr, run))
 
     def attach_pages(self, pfns: list[int], length: int) -> None:
-        """Take over the pages `pfns`, which hold `length` bytes from the start of the first on, as fragments behind the data."""
+        """Take over the pages `pfns`, which hold `length` bytes from the start of the first on, as fragments behind the
+        data.
+        """
         self.pfns = pfns
         self.frags = page_runs(pfns, 0, length)
         self.len += length
@@ -197,7 +202,9 @@ class Skb:
         self.len += length
 
     def pull(self, length: int) -> None:
-        """Take `length` bytes off the front, linear part first. Pages stay held until the skb is freed, and so does truesize."""
+        """Take `length` bytes off the front, linear part first. Pages stay held until the skb is freed, and so does
+        truesize.
+        """
         if not 0 <= length <= self.len:
             raise ValueError(f"cannot pull {length} of {self.len} bytes")
         self.len -= length
@@ -239,7 +246,9 @@ class Skb:
     # -- reading --
 
     def views(self, offset: int = 0, length: int = -1) -> list[memoryview]:
-        """The bytes `offset .. offset+length` of the data as views on pool memory, in order; to the end when `length` is negative."""
+        """The bytes `offset .. offset+length` of the data as views on pool memory, in order; to the end when `length` is
+        negative.
+        """
         mem = self.memory.mem
         left = self.len - offset if length < 0 else length
         out = []
@@ -325,7 +334,9 @@ class SkbMemory:
         return skb
 
     def adopt(self, addr: int, size: int, pfmemalloc: bool, gfp: int) -> Skb | None:
-        """An skb around the buffer at `addr`, allocated from the pool earlier with `size`; None when there is no memory for its head."""
+        """An skb around the buffer at `addr`, allocated from the pool earlier with `size`; None when there is no memory for
+        its head.
+        """
         skb = self._with_head(gfp, addr)
         if skb is None:
             return None

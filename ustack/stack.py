@@ -1,7 +1,7 @@
 """The stack: owns devices, pool, clock and counters, and wires the layers together.
 
-It can be driven in two ways. With asyncio: `async with stack:` starts the pump of every device. By hand, as the simulator does: `advance`
-moves the clock, `receive` takes what a device has. Everything in between is the same code.
+It can be driven in two ways. With asyncio: `async with stack:` starts the pump of every device. By hand, as the simulator
+does: `advance` moves the clock, `receive` takes what a device has. Everything in between is the same code.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ RX_BUDGET: Final = 64
 class Stack:
     """A TCP/IP stack with its own packet memory.
 
-    `memory` is the size of the arena in bytes, `pool` the name of the pool that lays packets on it, `reserve` the bytes at its end that
-    only memalloc sockets may use (None: the page allocator's own default). `random` seeds ports, sequence numbers and identifiers:
-    leave it out except to repeat a run. Raises KeyError for a pool that does not exist, OSError when the memory cannot be had.
+    `memory` is the size of the arena in bytes, `pool` the name of the pool that lays packets on it, `reserve` the bytes at its
+    end that only memalloc sockets may use (None: the page allocator's own default). `random` seeds ports, sequence numbers and
+    identifiers: leave it out except to repeat a run. Raises KeyError for a pool that does not exist, OSError when the memory
+    cannot be had.
     """
 
     def __init__(
@@ -125,7 +126,9 @@ class Stack:
     # -- driven by hand --
 
     def receive(self, device: Device) -> int:
-        """Process up to a batch of frames that wait in `device`, and send what follows from them; return how many there were."""
+        """Process up to a batch of frames that wait in `device`, and send what follows from them; return how many there
+        were.
+        """
         self.env.batching = True
         count = device.poll(RX_BUDGET)
         self.flush()
@@ -150,7 +153,7 @@ class Stack:
 
     # -- for programs --
 
-    def socket(self, family: int = names.AF_INET, type: int = names.SOCK_STREAM) -> Socket:  # noqa: A002 (the name of the BSD call's argument)
+    def socket(self, family: int = names.AF_INET, type: int = names.SOCK_STREAM) -> Socket:
         """A new socket: AF_INET with SOCK_STREAM or SOCK_DGRAM. Raises OSError EAFNOSUPPORT or EPROTONOSUPPORT for others."""
         return Socket(self, family, type)
 
@@ -166,9 +169,7 @@ class Stack:
         """Like `loop.create_server`, over this stack; see `aio.transport.create_server`."""
         return await create_server(self, protocol_factory, host, port, **options)
 
-    async def open_connection(
-        self, host: str, port: int, **options: Any
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def open_connection(self, host: str, port: int, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Like `asyncio.open_connection`, over this stack."""
         return await open_connection(self, host, port, **options)
 

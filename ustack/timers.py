@@ -1,7 +1,8 @@
 """Timers of the stack: a heap with lazy re-arming, and the only clock there is.
 
-`now` (seconds, monotonic, any origin) is moved by whoever drives the stack: the asyncio pump with real time, the simulator with virtual
-time. Setting a timer later than before, which TCP does on every ACK, touches no heap: the old entry is re-armed when it comes up.
+`now` (seconds, monotonic, any origin) is moved by whoever drives the stack: the asyncio pump with real time, the simulator
+with virtual time. Setting a timer later than before, which TCP does on every ACK, touches no heap: the old entry is re-armed
+when it comes up.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,8 @@ class Network:
         self.world = World(seed)
         self.config = tcp or TcpConfig()
         self.devices = [SimDevice(f"sim{n}", bytes((2, 0, 0, 0, 0, n)), mtu, features, ring) for n in (1, 2)]
-        self.wire = SimWire(self.world, *self.devices, impairments or Impairments())
+        a, b = self.devices
+        self.wire = SimWire(self.world, a, b, impairments or Impairments())
         self.stacks = [
             Stack(memory=memory, reserve=reserve, pool=pool, tcp=self.config, random=Random(seed * 2 + n)) for n in (0, 1)
         ]
@@ -53,7 +55,7 @@ class Network:
             self.world.add(stack, device)
             stack.add_interface(device, f"{address}/24")
             leaks.watch_pool(stack.pool)
-            leaks.watch(lambda stack=stack: left_behind(stack))
+            leaks.watch(partial(left_behind, stack))
 
     def listen(self, port: int = 80, on_accept: Callable[[Connection], None] | None = None, **options: Any) -> list[Connection]:
         """Listen on the server; accepted connections are given to `on_accept` and listed in what is returned."""

@@ -1,7 +1,7 @@
 """The pump: asyncio's event loop on one side, a stack that does no I/O on the other.
 
-A readable device is one batch: frames in, users woken, answers out. The nearest deadline of the stack is one timer of the loop, moved
-only when something is due earlier than it.
+A readable device is one batch: frames in, users woken, answers out. The nearest deadline of the stack is one timer of the
+loop, moved only when something is due earlier than it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ LIMIT: Final = 64 << 10
 async def open_connection(
     stack: SocketMaker, host: str, port: int, *, limit: int = LIMIT, **options: Any
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect over `stack` and return a reader and a writer (`asyncio.open_connection`); `options` are `create_connection`'s."""
+    """Connect over `stack` and return a reader and a writer (`asyncio.open_connection`); `options` are
+    `create_connection`'s.
+    """
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=limit, loop=loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)

@@ -1,8 +1,8 @@
 """asyncio transports and servers over our sockets, so that protocols written for `loop.create_connection` run on the stack.
 
-A transport calls its protocol from the stack's flush, so that what the protocol writes at once leaves together with the acknowledgment.
-Bytes that were received wait in skbs until the protocol takes them; bytes that do not fit the send limit wait in the transport, which
-tells the protocol to pause.
+A transport calls its protocol from the stack's flush, so that what the protocol writes at once leaves together with the
+acknowledgment. Bytes that were received wait in skbs until the protocol takes them; bytes that do not fit the send limit wait
+in the transport, which tells the protocol to pause.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket as names
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from ustack.socket import Host, Socket
 from ustack.transport.events import READABLE, SHUT_WR, WRITABLE
@@ -30,7 +30,7 @@ HIGH_WATER: Final = 64 << 10
 class SocketMaker(Host, Protocol):
     """A stack that makes sockets."""
 
-    def socket(self, family: int = names.AF_INET, type: int = names.SOCK_STREAM) -> Socket:  # noqa: A002
+    def socket(self, family: int = names.AF_INET, type: int = names.SOCK_STREAM) -> Socket:
         """A new socket."""
 
 
@@ -57,9 +57,7 @@ class StreamTransport(asyncio.Transport):
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: Socket, protocol: asyncio.BaseProtocol) -> None:
-        super().__init__(
-            {"socket": sock, "peername": sock.getpeername(), "sockname": sock.getsockname()}
-        )
+        super().__init__({"socket": sock, "peername": sock.getpeername(), "sockname": sock.getsockname()})
         self._loop = loop
         self._sock = sock
         self._conn = sock.connection
@@ -91,7 +89,7 @@ class StreamTransport(asyncio.Transport):
                 self._read()
         except (SystemExit, KeyboardInterrupt):
             raise
-        except BaseException as error:  # noqa: BLE001 (whatever a protocol raises must not reach the stack)
+        except BaseException as error:
             self._fail(error)
 
     def _read(self) -> None:
@@ -115,7 +113,12 @@ class StreamTransport(asyncio.Transport):
     def _fail(self, error: BaseException) -> None:
         if not isinstance(error, OSError):
             self._loop.call_exception_handler(
-                {"message": "Fatal error: protocol callback failed", "exception": error, "transport": self, "protocol": self._protocol}
+                {
+                    "message": "Fatal error: protocol callback failed",
+                    "exception": error,
+                    "transport": self,
+                    "protocol": self._protocol,
+                }
             )
         self._end(error if isinstance(error, Exception) else None, reset=True)
 
@@ -297,7 +300,7 @@ class Server(asyncio.AbstractServer):
                 StreamTransport(self._loop, accepted, self._factory()).start()
             except (SystemExit, KeyboardInterrupt):
                 raise
-            except BaseException as error:  # noqa: BLE001 (whatever a protocol raises must not reach the stack)
+            except BaseException as error:
                 accepted.abort()
                 accepted.close()
                 self._loop.call_exception_handler({"message": "Error on a new connection", "exception": error})
@@ -372,7 +375,9 @@ async def create_server(
     backlog: int = 100,
     reuse_address: bool = True,
 ) -> Server:
-    """Listen on `host` (None: every address) and `port` (0: any) over `stack`; each connection gets a protocol (`loop.create_server`)."""
+    """Listen on `host` (None: every address) and `port` (0: any) over `stack`; each connection gets a protocol
+    (`loop.create_server`).
+    """
     sock = stack.socket()
     try:
         sock.setsockopt(names.SOL_SOCKET, names.SO_REUSEADDR, reuse_address)

@@ -1,11 +1,12 @@
 """What a device is: something that delivers Ethernet frames from its ring and takes frames to send.
 
-A device knows nothing of IP. Attached to a stack it is given the packet memory, fills a receive ring from it and hands every frame to
-`deliver` while the frame still lies in the ring (see `rxring`). Sending is synchronous: when `transmit` returns, the device has taken
-the bytes, so the caller's buffers are free again and no packet waits below the stack.
+A device knows nothing of IP. Attached to a stack it is given the packet memory, fills a receive ring from it and hands every
+frame to `deliver` while the frame still lies in the ring (see `rxring`). Sending is synchronous: when `transmit` returns, the
+device has taken the bytes, so the caller's buffers are free again and no packet waits below the stack.
 
-`mtu` is the largest network-layer packet in bytes, as for Linux: without the 14 bytes of the Ethernet header, which a frame has on top.
-What a device cannot do (checksums, cutting super-frames) it does not list in `features`; whoever builds the frame then does it.
+`mtu` is the largest network-layer packet in bytes, as for Linux: without the 14 bytes of the Ethernet header, which a frame
+has on top. What a device cannot do (checksums, cutting super-frames) it does not list in `features`; whoever builds the frame
+then does it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class Device(ABC):
 
     @abstractmethod
     def poll(self, budget: int) -> int:
-        """Receive and deliver up to `budget` frames; return how many there were. Fewer than `budget` means that no more wait."""
+        """Receive and deliver up to `budget` frames; return how many there were. Fewer than `budget` means that no more
+        wait.
+        """
 
     @abstractmethod
     def transmit(
@@ -76,8 +79,8 @@ class Device(ABC):
         """Send the frame `head + payload`; False when the device refused it.
 
         With `csum_offset` set (needs FEATURE_CSUM) the checksum field at `csum_start + csum_offset` holds the sum of the
-        pseudo-header, and the device completes it over everything from `csum_start` on. With `gso_size` set (needs FEATURE_TSO) the
-        frame is a TCP super-frame, to be cut into segments with that much payload each.
+        pseudo-header, and the device completes it over everything from `csum_start` on. With `gso_size` set (needs
+        FEATURE_TSO) the frame is a TCP super-frame, to be cut into segments with that much payload each.
         """
 
     def fileno(self) -> int:

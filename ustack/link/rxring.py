@@ -2,12 +2,15 @@
 
 Both receive modes of the design are here, because the dispute of 2006 was about both.
 
-* `LinearRing`: one contiguous buffer per frame, big enough for the MTU, allocated before it is known whose frame it is: the way of the
-  drivers of 2006. A kept frame takes its buffer along, and another one must be found for the ring. When the pool is empty the ring
-  starves; buffers from the reserve are posted only while a memalloc socket exists, and the drop rule decides about what lands in them.
-* `PagedRing`: packet split. One header buffer and as many pages as the largest frame fills. A small frame is copied out of the header
-  buffer (copybreak); the pages of a large one leave with it, and only after others were found to take their place. So the ring is
-  always full, and a frame that nobody keeps has cost nothing: it can be classified before anything is allocated for it.
+* `LinearRing`: one contiguous buffer per frame, big enough for the MTU, allocated before it is known whose frame it is: the
+way of the
+  drivers of 2006. A kept frame takes its buffer along, and another one must be found for the ring. When the pool is empty the
+  ring starves; buffers from the reserve are posted only while a memalloc socket exists, and the drop rule decides about what
+  lands in them.
+* `PagedRing`: packet split. One header buffer and as many pages as the largest frame fills. A small frame is copied out of the
+header
+  buffer (copybreak); the pages of a large one leave with it, and only after others were found to take their place. So the ring
+  is always full, and a frame that nobody keeps has cost nothing: it can be classified before anything is allocated for it.
 
 An `RxFrame` is valid until its delivery returns. Whoever wants to keep bytes calls `keep`, which makes an skb of them.
 """
@@ -38,9 +41,10 @@ LINEAR_RING_FRAMES: Final = 64
 class RxFrame:
     """A received frame, still in the ring. Offsets count from the first byte of the Ethernet header.
 
-    `head` is a view on the contiguous start of the frame; at least the first `min(len, 2048)` bytes lie in it (what follows them in
-    `head` is old memory). `csum_ok` means that the device vouches for the transport checksum; `gso_size` is the payload of each
-    segment that was merged into this frame, 0 for a plain one. `pfmemalloc` is set when the buffer it lies in came from the reserve.
+    `head` is a view on the contiguous start of the frame; at least the first `min(len, 2048)` bytes lie in it (what follows
+    them in `head` is old memory). `csum_ok` means that the device vouches for the transport checksum; `gso_size` is the
+    payload of each segment that was merged into this frame, 0 for a plain one. `pfmemalloc` is set when the buffer it lies in
+    came from the reserve.
     """
 
     __slots__ = ("csum_ok", "gso_size", "head", "len", "pfmemalloc", "ring")
@@ -111,7 +115,9 @@ class RxRing(ABC):
 
 
 class PagedRing(RxRing):
-    """Packet split: a header buffer that stays, and pages that leave with large frames. Raises OSError ENOMEM when made without memory."""
+    """Packet split: a header buffer that stays, and pages that leave with large frames. Raises OSError ENOMEM when made
+    without memory.
+    """
 
     __slots__ = ("_header", "_pfns", "_size")
 

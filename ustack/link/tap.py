@@ -1,8 +1,9 @@
 """A Linux TAP device, with checksum and segmentation offload through virtio-net headers (Documentation/networking/tuntap.rst).
 
-With IFF_VNET_HDR and TUNSETOFFLOAD the kernel hands us frames of up to 64 KiB, not yet cut into segments, whose checksums it has not
-computed because nothing can have damaged them; and it takes such frames from us. Opening needs CAP_NET_ADMIN, or a persistent device
-that belongs to us. The device belongs to the network namespace in which it was opened, whatever namespace the process enters later.
+With IFF_VNET_HDR and TUNSETOFFLOAD the kernel hands us frames of up to 64 KiB, not yet cut into segments, whose checksums it
+has not computed because nothing can have damaged them; and it takes such frames from us. Opening needs CAP_NET_ADMIN, or a
+persistent device that belongs to us. The device belongs to the network namespace in which it was opened, whatever namespace
+the process enters later.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ _DELIVERED_WHOLE: Final = vnet.F_NEEDS_CSUM | vnet.F_DATA_VALID
 class TapDevice(Device):
     """The TAP interface `name`, made if it does not exist ("" or a pattern like "tap%d" lets the kernel choose).
 
-    `mode` is the receive mode, "paged" or "linear". `offload` asks for super-frames and checksum offload; the linear mode takes no
-    super-frames. `mac` is the stack's own address, made from the device's name when None. Raises OSError when the device cannot
-    be opened: EPERM without the right, EBUSY when another process holds it, ENODEV without /dev/net/tun.
+    `mode` is the receive mode, "paged" or "linear". `offload` asks for super-frames and checksum offload; the linear mode
+    takes no super-frames. `mac` is the stack's own address, made from the device's name when None. Raises OSError when the
+    device cannot be opened: EPERM without the right, EBUSY when another process holds it, ENODEV without /dev/net/tun.
     """
 
     __slots__ = ("_deliver", "_drops", "_fd", "_mode", "_receives_super_frames", "_tap", "_vnet_in", "_vnet_out")

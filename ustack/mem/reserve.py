@@ -1,9 +1,9 @@
 """The reserve: pages under the `min` watermark, which only memalloc sockets may use, and who those are.
 
-The rule has three parts, and none is enough alone. An allocation takes from the reserve only after the ordinary way failed, and only on
-behalf of a memalloc socket (the page allocator and the pool see to that). A frame that lies in the reserve is for memalloc sockets, and
-is dropped when it turns out to be for another (the drop rule; the transports see to that). And receive buffers come from the reserve
-only while there is a memalloc socket at all, which is what is kept here.
+The rule has three parts, and none is enough alone. An allocation takes from the reserve only after the ordinary way failed,
+and only on behalf of a memalloc socket (the page allocator and the pool see to that). A frame that lies in the reserve is for
+memalloc sockets, and is dropped when it turns out to be for another (the drop rule; the transports see to that). And receive
+buffers come from the reserve only while there is a memalloc socket at all, which is what is kept here.
 
 Source: Zijlstra's network reserve of 2006 and Linux 3.6 (sk_set_memalloc, sk_memalloc_socks).
 """

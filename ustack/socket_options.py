@@ -1,0 +1,150 @@
+"""Socket options: how each is set and read, under the names and with the meanings of socket(7), tcp(7) and ip(7)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket as names
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from ustack.transport.tcp.output import push
+from ustack.transport.tcp.timers import start_keepalive
+from ustack.transport.udp import RCVBUF_DEFAULT
+
+if TYPE_CHECKING:
+    from ustack.socket import Socket
+
+SOCK_MIN_RCVBUF: Final = 2304
+"""Bytes below which no receive limit goes."""
+
+SOCK_MIN_SNDBUF: Final = 4608
+"""Bytes below which no send limit goes."""
+
+_LINGER: Final = struct.Struct("ii")
+
+Setter = Callable[["Socket", int, int | bytes], None]
+Getter = Callable[["Socket"], int | bytes]
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+def _number(value: int | bytes) -> int:
+    if isinstance(value, int):
+        return value
+    if len(value) < 4:
+        raise _error(errno.EINVAL)
+    return int.from_bytes(value[:4], "little", signed=True)
+
+
+def _set_flag(sock: Socket, name: str, value: int | bytes) -> None:
+    setattr(sock.options, name, _number(value) != 0)
+
+
+def _set_within(sock: Socket, name: str, value: int | bytes, least: int, most: int, unit: float = 1) -> None:
+    number = _number(value)
+    if not least <= number <= most:
+        raise _error(errno.EINVAL)
+    setattr(sock.options, name, number * unit if unit != 1 else number)
+
+
+def _set_buffer(sock: Socket, name: str, least: int, value: int | bytes) -> None:
+    """The kernel doubles what is asked for, to allow for truesize, and refuses nothing (socket(7))."""
+    limit = max(min(max(_number(value), 0), 1 << 30) * 2, least)
+    setattr(sock.options, name, limit)
+    if sock.stream is not None:
+        setattr(sock.stream, name, limit)
+
+
+def _set_linger(sock: Socket, _option: int, value: int | bytes) -> None:
+    if isinstance(value, int) or len(value) < _LINGER.size:
+        raise _error(errno.EINVAL)
+    on, seconds = _LINGER.unpack_from(value)
+    sock.options.linger = seconds if on else -1
+
+
+def _set_keepalive(sock: Socket, _option: int, value: int | bytes) -> None:
+    sock.options.keepalive = _number(value) != 0
+    if sock.stream is not None and sock.stream.synchronized:
+        start_keepalive(sock.stream)
+
+
+def _set_keepalive_time(sock: Socket, option: int, value: int | bytes) -> None:
+    _set_within(sock, "keepidle" if option == names.TCP_KEEPIDLE else "keepintvl", value, 1, 32767, 1.0)
+    if sock.stream is not None and sock.stream.synchronized and sock.options.keepalive:
+        start_keepalive(sock.stream)
+
+
+def _set_nodelay(sock: Socket, option: int, value: int | bytes) -> None:
+    _set_flag(sock, "nodelay" if option == names.TCP_NODELAY else "cork", value)
+    if sock.stream is not None:
+        sock.host.tick()
+        push(sock.stream)
+
+
+def _get_linger(sock: Socket) -> bytes:
+    seconds = sock.options.linger
+    return _LINGER.pack(seconds >= 0, max(seconds, 0))
+
+
+def _get_rcvbuf(sock: Socket) -> int:
+    if sock.stream is not None:
+        return sock.stream.rcvbuf
+    return sock.options.rcvbuf or (sock.host.tcp.config.rmem_default if sock.datagram is None else RCVBUF_DEFAULT)
+
+
+def _get_sndbuf(sock: Socket) -> int:
+    if sock.stream is not None:
+        return sock.stream.sndbuf
+    return sock.options.sndbuf or sock.host.tcp.config.wmem_default
+
+
+SETTERS: Final[dict[tuple[int, int], Setter]] = {
+    (names.SOL_SOCKET, names.SO_RCVBUF): lambda sock, _, value: _set_buffer(sock, "rcvbuf", SOCK_MIN_RCVBUF, value),
+    (names.SOL_SOCKET, names.SO_SNDBUF): lambda sock, _, value: _set_buffer(sock, "sndbuf", SOCK_MIN_SNDBUF, value),
+    (names.SOL_SOCKET, names.SO_REUSEADDR): lambda sock, _, value: _set_flag(sock, "reuseaddr", value),
+    (names.SOL_SOCKET, names.SO_REUSEPORT): lambda sock, _, value: _set_flag(sock, "reuseport", value),
+    (names.SOL_SOCKET, names.SO_BROADCAST): lambda sock, _, value: _set_flag(sock, "broadcast", value),
+    (names.SOL_SOCKET, names.SO_KEEPALIVE): _set_keepalive,
+    (names.SOL_SOCKET, names.SO_LINGER): _set_linger,
+    (names.IPPROTO_TCP, names.TCP_NODELAY): _set_nodelay,
+    (names.IPPROTO_TCP, names.TCP_CORK): _set_nodelay,
+    (names.IPPROTO_TCP, names.TCP_MAXSEG): lambda sock, _, value: _set_within(sock, "maxseg", value, 88, 32767),
+    (names.IPPROTO_TCP, names.TCP_KEEPIDLE): _set_keepalive_time,
+    (names.IPPROTO_TCP, names.TCP_KEEPINTVL): _set_keepalive_time,
+    (names.IPPROTO_TCP, names.TCP_KEEPCNT): lambda sock, _, value: _set_within(sock, "keepcnt", value, 1, 127),
+    (names.IPPROTO_TCP, names.TCP_SYNCNT): lambda sock, _, value: _set_within(sock, "syncnt", value, 1, 127),
+    (names.IPPROTO_TCP, names.TCP_USER_TIMEOUT): lambda sock, _, value: _set_within(
+        sock, "user_timeout", value, 0, 0x7FFFFFFF, 0.001
+    ),
+    (names.IPPROTO_IP, names.IP_TOS): lambda sock, _, value: _set_within(sock, "tos", value, 0, 255),
+    (names.IPPROTO_IP, names.IP_TTL): lambda sock, _, value: _set_within(sock, "ttl", value, 1, 255),
+}
+
+GETTERS: Final[dict[tuple[int, int], Getter]] = {
+    (names.SOL_SOCKET, names.SO_ERROR): lambda sock: sock.take_error(),
+    (names.SOL_SOCKET, names.SO_TYPE): lambda sock: sock.type,
+    (names.SOL_SOCKET, names.SO_DOMAIN): lambda sock: sock.family,
+    (names.SOL_SOCKET, names.SO_PROTOCOL): lambda sock: names.IPPROTO_TCP if sock.datagram is None else names.IPPROTO_UDP,
+    (names.SOL_SOCKET, names.SO_ACCEPTCONN): lambda sock: int(sock._listener is not None),
+    (names.SOL_SOCKET, names.SO_RCVBUF): _get_rcvbuf,
+    (names.SOL_SOCKET, names.SO_SNDBUF): _get_sndbuf,
+    (names.SOL_SOCKET, names.SO_REUSEADDR): lambda sock: int(sock.options.reuseaddr),
+    (names.SOL_SOCKET, names.SO_REUSEPORT): lambda sock: int(sock.options.reuseport),
+    (names.SOL_SOCKET, names.SO_BROADCAST): lambda sock: int(sock.options.broadcast),
+    (names.SOL_SOCKET, names.SO_KEEPALIVE): lambda sock: int(sock.options.keepalive),
+    (names.SOL_SOCKET, names.SO_LINGER): _get_linger,
+    (names.IPPROTO_TCP, names.TCP_NODELAY): lambda sock: int(sock.options.nodelay),
+    (names.IPPROTO_TCP, names.TCP_CORK): lambda sock: int(sock.options.cork),
+    (names.IPPROTO_TCP, names.TCP_MAXSEG): lambda sock: sock.stream.mss if sock.stream else 536,
+    (names.IPPROTO_TCP, names.TCP_KEEPIDLE): lambda sock: int(sock.options.keepidle or sock.host.tcp.config.keepalive_time),
+    (names.IPPROTO_TCP, names.TCP_KEEPINTVL): lambda sock: int(sock.options.keepintvl or sock.host.tcp.config.keepalive_intvl),
+    (names.IPPROTO_TCP, names.TCP_KEEPCNT): lambda sock: sock.options.keepcnt or sock.host.tcp.config.keepalive_probes,
+    (names.IPPROTO_TCP, names.TCP_SYNCNT): lambda sock: sock.options.syncnt or sock.host.tcp.config.syn_retries,
+    (names.IPPROTO_TCP, names.TCP_USER_TIMEOUT): lambda sock: round(sock.options.user_timeout * 1000),
+    (names.IPPROTO_IP, names.IP_TOS): lambda sock: sock.options.tos,
+    (names.IPPROTO_IP, names.IP_TTL): lambda sock: sock.options.ttl,
+}
