@@ -107,7 +107,13 @@ class DoubleFree(RuntimeError):
 
 AnyPool = TypeVar("AnyPool", bound=Pool)
 
-_BUILTIN_MODULES: Final = {"kmalloc": "pools.kmalloc", "nta": "pools.nta", "srog": "pools.srog"}
+_BUILTIN_MODULES: Final = {
+    "kmalloc": "pools.kmalloc",
+    "nta": "pools.nta",
+    "page_frag": "pools.page_frag",
+    "page_per_object": "pools.page_per_object",
+    "srog": "pools.srog",
+}
 """Where the pools of this package are. They are imported when they are asked for: only one is used by a stack."""
 
 _builtin: dict[str, type[Pool]] = {}

@@ -41,7 +41,10 @@ def test_sixteen_pages(benchmark: BenchmarkFixture) -> None:
 
 
 @pytest.mark.parametrize("live", [100, 10_000, 100_000])
-@pytest.mark.parametrize(("name", "limit"), [("kmalloc", 2.0e-6), ("nta", 6.0e-6), ("srog", 6.0e-6)])
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("kmalloc", 2.0e-6), ("nta", 6.0e-6), ("srog", 6.0e-6), ("page_per_object", 6.0e-6), ("page_frag", 6.0e-6)],
+)
 def test_alloc_and_free(benchmark: BenchmarkFixture, name: str, limit: float, live: int) -> None:
     pool = by_name(name)(PageAllocator(Arena(32768)))
     for _ in range(live):
