@@ -77,7 +77,7 @@ class NbdServer:
 
     async def listen_tcp(self, host: str = "127.0.0.1", port: int = 0) -> int:
         """Listen on a TCP address; returns the port, which the kernel chooses for 0. Raises OSError."""
-        server = await asyncio.get_running_loop().create_server(lambda: _Connection(self), host, port)
+        server = await asyncio.get_running_loop().create_server(self.protocol, host, port)
         self._servers.append(server)
         return int(server.sockets[0].getsockname()[1])
 
@@ -100,7 +100,11 @@ class NbdServer:
 
     async def listen_socket(self, sock: socket.socket) -> None:
         """Listen on a stream socket that is bound already, for example inside of another network namespace."""
-        self._servers.append(await asyncio.get_running_loop().create_server(lambda: _Connection(self), sock=sock))
+        self._servers.append(await asyncio.get_running_loop().create_server(self.protocol, sock=sock))
+
+    def protocol(self) -> asyncio.BufferedProtocol:
+        """The protocol for one client: what to give to any other loop.create_server, for example that of a stack."""
+        return _Connection(self)
 
     async def close(self) -> None:
         """Stop listening, drop the clients, close the exports."""
