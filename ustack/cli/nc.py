@@ -49,9 +49,9 @@ def nc(where: tuple[str, ...], listen: bool, udp: bool, timeout: float | None, c
                 daemon.call("connect", host=host, port=port, udp=udp)
             daemon.socket.settimeout(None)
             _Relay(daemon.socket, udp=udp, until_peer_ends=listen, timeout=timeout).run()
-    except TimeoutError:
-        raise click.ClickException(f"nothing happened for {timeout:g} s") from None
     except OSError as error:
+        if isinstance(error, TimeoutError) and error.errno is None:  # ours, not the connection's
+            raise click.ClickException(f"nothing happened for {timeout:g} s") from None
         raise click.ClickException(f"{host or ''}{':' if host else ''}{port}: {error.strerror or error}") from None
 
 
@@ -83,23 +83,25 @@ class _Relay:
         """Until both directions have ended. Raises TimeoutError (for a stream) after the timeout without anything; OSError."""
         for fd in self._sources:
             self._poll.register(fd, select.POLLIN)
+        peer_ended = False
         while self._sources:
-            ready = self._poll.poll(None if self._timeout is None else self._timeout * 1000)
+            patience = 0.0 if peer_ended and self._until_peer_ends else self._timeout
+            ready = self._poll.poll(None if patience is None else patience * 1000)
             if not ready:
-                if self._udp:
-                    return  # there is no other end of a conversation in datagrams
+                if peer_ended or self._udp:  # a conversation in datagrams has no other end
+                    return
                 raise TimeoutError
             for fd, _ in ready:
-                if fd in self._sources and not self._sources[fd]():
+                if not self._sources[fd]():
                     self._poll.unregister(fd)
                     del self._sources[fd]
-                    if fd != STDIN and (self._until_peer_ends or self._udp):
-                        return
+                    peer_ended = peer_ended or fd != STDIN
 
     def _send(self) -> bool:
         data = os.read(STDIN, DATAGRAM_MAX if self._udp else CHUNK)
         if not data:
-            self._sock.shutdown(socket.SHUT_WR)
+            if not self._udp:
+                self._sock.shutdown(socket.SHUT_WR)
             return False
         self._sock.sendall(len(data).to_bytes(2) + data if self._udp else data)
         return True

@@ -41,29 +41,24 @@ def ping(host: str, count: int | None, interval: float, size: int, timeout: floa
 
 
 def _follow(daemon: Control, quiet: bool) -> tuple[dict[str, Any], list[float]]:
-    """Print what happens until it is over; an interrupt lets the daemon end it early, and then the summary comes."""
+    """Print what happens until it is over. An interrupt tells the daemon that we have no more to ask, so it sums up at once."""
+    import signal
     from socket import SHUT_WR
 
+    signal.signal(signal.SIGINT, lambda *_: daemon.socket.shutdown(SHUT_WR))
     times: list[float] = []
-    while True:
-        try:
-            message = daemon.receive()
-        except KeyboardInterrupt:
-            click.echo()
-            daemon.socket.shutdown(SHUT_WR)
-            continue
-        if "ok" in message:
-            return message["ok"], times
+    while "ok" not in (message := daemon.receive()):
         event = message["event"]
         if event.get("time") is not None:
             times.append(event["time"] * 1000)
         if not quiet:
             click.echo(_line(event))
+    return message["ok"], times
 
 
 def _line(event: dict[str, Any]) -> str:
     if "bytes" not in event:
-        return f"From {event['from']} icmp_seq={event['seq']} {event['error']}"
+        return f"To {event['to']} icmp_seq={event['seq']} {event['error']}"
     line = f"{event['bytes']} bytes from {event['from']}: icmp_seq={event['seq']} ttl={event['ttl']}"
     if event["time"] is not None:
         line += f" time={_milliseconds(event['time'] * 1000)} ms"

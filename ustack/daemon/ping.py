@@ -151,7 +151,7 @@ class PingSeries:
         if known is None:
             return
         self.errors += 1
-        self._report({"from": unpack_host(self._dst), "seq": known[0], "error": why})
+        self._report({"to": unpack_host(self._dst), "seq": known[0], "error": why})
         self._check_done()
 
     def _check_done(self) -> None:

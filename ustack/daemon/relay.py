@@ -95,10 +95,6 @@ class DatagramEnd(asyncio.Protocol):
             with contextlib.suppress(OSError):
                 self._socket.sendto_nowait(datagram)
 
-    def eof_received(self) -> bool:
-        """The client has no more to send, but may still want to hear."""
-        return True
-
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._socket.close()

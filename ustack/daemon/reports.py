@@ -75,7 +75,7 @@ def charges(stack: Stack) -> dict[str, int]:
     return found
 
 
-def device(stack: Stack) -> list[dict[str, Any]]:
+def devices(stack: Stack) -> list[dict[str, Any]]:
     """Each interface with its addresses, counters and neighbours."""
     found = []
     for interface in stack.interfaces:

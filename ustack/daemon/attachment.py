@@ -1,0 +1,121 @@
+"""An NBD export that the daemon keeps attached: it connects, tries again with back-off, and says how things are.
+
+What a lost connection had in flight has failed; nothing is replayed here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from ustack.nbd import NbdClient
+from ustack.nbd.connector import connector_for
+from ustack.nbd.uri import NbdUri
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ustack.daemon.config import Nbd
+    from ustack.stack import Stack
+
+BACKOFF_FIRST: Final = 0.5
+"""Seconds after the first failure until the next attempt; doubled after each."""
+
+BACKOFF_MAX: Final = 30.0
+"""Seconds between attempts at most."""
+
+HEARTBEAT: Final = 10.0
+"""Seconds between two reads of a block, by which a server that died without a word is noticed."""
+
+log = logging.getLogger("ustack")
+
+
+class _Client(NbdClient):
+    """A client that says when its connection is gone: `lost` becomes the reason."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.lost: asyncio.Future[OSError] = self._loop.create_future()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if not self.lost.done():
+            self.lost.set_result(self._error())
+
+    async def wait_lost(self) -> OSError:
+        """Wait until the connection is gone, and return why."""
+        while not self.lost.done():
+            await asyncio.wait([self.lost], timeout=HEARTBEAT)
+            with contextlib.suppress(OSError):  # a block that cannot be read is no lost connection
+                await self.pread(min(self.minimum_block, self.size), 0)
+        return self.lost.result()
+
+
+class Attachment:
+    """One export of the configuration, attached over `stack`. `on_change` is called when its state changes.
+
+    `state` is "connecting", "attached" or "lost"; `client` is there while it is attached; `error` says why it is not.
+    """
+
+    def __init__(self, stack: Stack, config: Nbd, on_change: Callable[[], None]) -> None:
+        self.config = config
+        self.state = "connecting"
+        self.error = ""
+        self.client: _Client | None = None
+        self._stack = stack
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
+        self._task = self._loop.create_task(self._keep_attached())
+
+    def report(self) -> dict[str, Any]:
+        """How it is, for the call `status`; `since` is for how many seconds it has been so."""
+        return {
+            "name": self.config.name,
+            "uri": self.config.uri,
+            "state": self.state,
+            "since": self._loop.time() - self._since,
+            "size": self.client.size if self.client is not None else None,
+            "error": self.error,
+        }
+
+    async def close(self) -> None:
+        """Let go of the export in order."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    def _enter(self, state: str, error: str = "") -> None:
+        if state != self.state:
+            self._since = self._loop.time()
+        self.state, self.error = state, error
+        self._on_change()
+
+    async def _keep_attached(self) -> None:
+        uri = NbdUri.parse(self.config.uri)
+        connector = connector_for(uri, self._create_connection)
+        backoff = BACKOFF_FIRST
+        while True:
+            try:
+                self.client = await _Client.open(connector, uri.export, queue_depth=self.config.requests)
+            except OSError as error:
+                self._enter(self.state, str(error.strerror or error))
+                log.warning("nbd %s: %s; trying again in %g s", self.config.name, self.error, backoff)
+                await asyncio.sleep(backoff)
+                backoff = min(backoff * 2, BACKOFF_MAX)
+                continue
+            backoff = BACKOFF_FIRST
+            self._enter("attached")
+            log.info("nbd %s: attached, %d bytes", self.config.name, self.client.size)
+            try:
+                reason = await self.client.wait_lost()
+            finally:
+                client, self.client = self.client, None
+                await client.close()
+            self._enter("lost", str(reason.strerror or reason))
+            log.error("nbd %s: lost: %s", self.config.name, self.error)
+
+    async def _create_connection(self, factory: Any, host: str, port: int) -> tuple[Any, Any]:
+        return await self._stack.create_connection(factory, host, port, memalloc=True)

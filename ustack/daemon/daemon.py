@@ -1,0 +1,265 @@
+"""The daemon's life: open the TAP, build the stack, attach the exports, serve the control socket; then undo it in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import logging
+import os
+import signal
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from ipaddress import IPv4Network
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
+
+from pools.arena import PAGE_SIZE
+from pools.buddy import default_min_pages
+from ustack.daemon import reports
+from ustack.daemon.attachment import Attachment
+from ustack.daemon.config import Config, ConfigError, load
+from ustack.daemon.control import ControlServer
+from ustack.daemon.link import bring_up, exists
+from ustack.daemon.notify import notify
+from ustack.daemon.paths import default_control_path
+from ustack.daemon.services import Services
+from ustack.link.tap import TapDevice
+from ustack.stack import Stack
+from ustack.transport.tcp.connection import Connection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ustack.daemon.config import Route
+
+CLOSE_TIMEOUT: Final = 3.0
+"""Seconds that connections have to end in order when the daemon stops; then they are reset."""
+
+CLOSE_POLL: Final = 0.02
+"""Seconds between two looks at whether they have."""
+
+log = logging.getLogger("ustack")
+
+
+class Daemon:
+    """One stack, as `config` from the file `path` describes it. Made before there is an event loop; `run` is its life.
+
+    Raises ConfigError for what only trying shows to be wrong, OSError when the device or the memory cannot be had.
+    """
+
+    def __init__(self, config: Config, path: str) -> None:
+        self.config = config
+        self.path = path
+        self._started = monotonic()
+        self._stop = asyncio.Event()
+        self._stack = self._build_stack()
+        self._services = Services(self._stack)
+        self._attachments: dict[str, Attachment] = {}
+        self._reloads: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Run until SIGTERM or SIGINT. Raises OSError when the control socket or a port cannot be had."""
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="ustack: %(message)s")
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
+        async with self._stack:
+            control = ControlServer(self._stack, self.status)
+            try:
+                await self._serve(control)
+            finally:
+                notify("STOPPING=1")
+                await self._shut_down(control)
+
+    async def _serve(self, control: ControlServer) -> None:
+        config = self.config
+        control_path = config.control.path or default_control_path()
+        try:
+            await control.listen(control_path, int(config.control.mode, 8))
+        except OSError as error:
+            error.filename = error.filename or control_path
+            raise
+        await self._services.set(**config.service.model_dump())
+        self._attach()
+        gc.collect()
+        gc.freeze()  # what exists now stays: the collector need not look at it again
+        log.info("%s: %s on %s, control socket %s", self.path, config.address[0].address, config.device.name, control_path)
+        self._say_status("READY=1")
+        await self._stop.wait()
+
+    # -- start --
+
+    def _build_stack(self) -> Stack:
+        config = self.config
+        memory = config.memory
+        try:
+            stack = Stack(
+                memory=memory.size,
+                pool=memory.pool,
+                reserve=config.reserve_bytes(),
+                lock_memory=memory.lock,
+                tcp=config.tcp_config(),
+            )
+        except OSError as error:
+            if memory.lock and error.errno in (errno.ENOMEM, errno.EPERM):
+                hint = "locking so much memory needs CAP_IPC_LOCK or a higher RLIMIT_MEMLOCK, or [memory] lock = false"
+                raise OSError(error.errno, f"{error.strerror}; {hint}") from None
+            raise
+        try:
+            stack.add_interface(self._open_tap(), config.address[0].address, config.address[0].gateway)
+            for route in config.route:
+                stack.add_route(route.network, route.via, route.metric)
+        except ValueError as error:
+            stack.close()
+            raise ConfigError([f"{self.path}: {error}"]) from None
+        except BaseException:
+            stack.close()
+            raise
+        return stack
+
+    def _open_tap(self) -> TapDevice:
+        device = self.config.device
+        if not device.create and not exists(device.name):
+            hint = f"make it (ip tuntap add {device.name} mode tap), or set [device] create = true"
+            raise OSError(errno.ENODEV, f"no such interface; {hint}", device.name)
+        mac = None if device.mac is None else bytes.fromhex(device.mac.replace(":", ""))
+        try:
+            tap = TapDevice(device.name, mode=device.mode, offload=device.offload, mac=mac)
+        except OSError as error:
+            raise OSError(error.errno, _HINTS.get(error.errno or 0, error.strerror), device.name) from None
+        if device.create:
+            bring_up(device.name)
+        return tap
+
+    # -- while it runs --
+
+    def status(self) -> dict[str, Any]:
+        """The answer to the call `status`."""
+        return {
+            "version": _version(),
+            "pid": os.getpid(),
+            "uptime": monotonic() - self._started,
+            "config": self.path,
+            "devices": reports.devices(self._stack),
+            "routes": reports.routes(self._stack),
+            "nbd": [attachment.report() for attachment in self._attachments.values()],
+        }
+
+    def _say_status(self, *more: str) -> None:
+        attached = sum(attachment.state == "attached" for attachment in self._attachments.values())
+        exports = f", {attached} of {len(self._attachments)} exports attached" if self._attachments else ""
+        notify(*more, f"STATUS={self.config.address[0].address} on {self.config.device.name}{exports}")
+
+    def _attach(self) -> None:
+        for nbd in self.config.nbd:
+            if nbd.name not in self._attachments:
+                self._attachments[nbd.name] = Attachment(self._stack, nbd, self._say_status)
+
+    # -- reload --
+
+    def _reload_soon(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    async def _reload(self) -> None:
+        """Read the file again and do what can be done while running; when anything else has changed, do nothing at all."""
+        notify("RELOADING=1", f"MONOTONIC_USEC={int(monotonic() * 1_000_000)}")
+        try:
+            new = await asyncio.to_thread(load, self.path)
+            refused = list(_fixed_changes(self.config, new))
+            if refused:
+                raise ConfigError([f"{self.path}: {change}" for change in refused])
+            await self._apply(new)
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error("%s", problem)
+            log.error("%s: not reloaded, nothing was changed", self.path)
+        except (OSError, ValueError) as error:
+            log.error("%s: reloaded in part: %s", self.path, error)
+        else:
+            log.info("%s: reloaded", self.path)
+        self._say_status("READY=1")
+
+    async def _apply(self, new: Config) -> None:
+        old, self.config = self.config, new
+        stack = self._stack
+        for name, value in new.tcp.model_dump().items():
+            setattr(stack.tcp.config, name, value)  # in force for new connections
+        reserve = new.reserve_bytes()
+        stack.pages.set_min_pages(default_min_pages(stack.pages.pages) if reserve is None else reserve // PAGE_SIZE)
+        for route in old.route:
+            if route not in new.route:
+                self._remove_route(route)
+        for route in new.route:
+            if route not in old.route:
+                stack.add_route(route.network, route.via, route.metric)
+        await self._services.set(**new.service.model_dump())
+        for nbd in old.nbd:
+            if nbd not in new.nbd:
+                await self._attachments.pop(nbd.name).close()
+        self._attach()
+
+    def _remove_route(self, route: Route) -> None:
+        network = IPv4Network(route.network)
+        table = self._stack.ip.routes
+        for each in list(table):
+            if (each.network, each.prefix_len, each.metric) == (
+                network.network_address.packed,
+                network.prefixlen,
+                route.metric,
+            ):
+                table.remove(each)
+
+    # -- end --
+
+    async def _shut_down(self, control: ControlServer) -> None:
+        """End everything in order, within a bounded time; leaving `async with stack` resets what is left."""
+        await control.close()
+        await self._services.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await asyncio.gather(*(attachment.close() for attachment in self._attachments.values()))
+                while self._open_connections():  # noqa: ASYNC110 (a connection that nobody owns any more tells nobody)
+                    await asyncio.sleep(CLOSE_POLL)
+        left = self._open_connections()
+        log.info("stopped%s", f"; {left} connections did not end in time and were reset" if left else "")
+
+    def _open_connections(self) -> int:
+        return sum(isinstance(each, Connection) for each in self._stack.tcp.connections.values())
+
+
+_HINTS: Final = {
+    errno.EPERM: "not permitted: it needs CAP_NET_ADMIN, or an interface of this user (ip tuntap add ... user NAME)",
+    errno.EACCES: "no permission to open /dev/net/tun",
+    errno.EBUSY: "another process holds it",
+    errno.ENOENT: "there is no /dev/net/tun: modprobe tun, or give the device to the container",
+    errno.ENODEV: "there is no /dev/net/tun: modprobe tun, or give the device to the container",
+    errno.EINVAL: "it exists and is no TAP interface, or is one without vnet_hdr or with several queues",
+}
+"""What the errors of opening a TAP mean."""
+
+
+def _fixed_changes(old: Config, new: Config) -> Iterator[str]:
+    """What has changed in the file that cannot change while the daemon runs."""
+    for section, keys in (
+        ("device", list(type(old.device).model_fields)),
+        ("memory", ["pool", "size", "lock"]),
+        ("control", list(type(old.control).model_fields)),
+    ):
+        before, after = getattr(old, section), getattr(new, section)
+        for key in keys:
+            if getattr(before, key) != getattr(after, key):
+                yield f"[{section}] {key} cannot change while the daemon runs: restart it"
+    if old.address != new.address:
+        yield "[[address]] cannot change while the daemon runs: restart it"
+
+
+def _version() -> str:
+    try:
+        return version("ustack")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
