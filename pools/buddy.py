@@ -5,7 +5,8 @@ and merged with its buddy (the block whose address differs in the one bit of its
 Computer Programming vol. 1, 2.5; Linux mm/page_alloc.c.
 
 Single pages are by far the most frequent request, so freed single pages wait unmerged on a stack of their own (Linux: per-CPU
-pages). They are merged when a larger block is asked for and there is none, and whenever the exact state is asked for.
+pages). So do runs of 16 pages, the size of a super-frame of 64 KiB, as long as they stay together: a run that lies in one piece is
+copied in one piece. Both are merged when a larger block is asked for and there is none, and whenever the exact state is asked for.
 
 Watermarks are those of Linux: `min`, `low` = min * 5/4 and `high` = min * 3/2. The pages under `min` are the reserve: an
 allocation that would leave fewer free pages than that succeeds only with `gfp.MEMALLOC`. There is no process to wake at
@@ -37,9 +38,17 @@ SINGLES_MAX: Final = 1024
 SINGLES_BATCH_ORDER: Final = 6
 """Single pages are taken from the buddy lists 2**6 at a time, and merged that many at a time when there are too many."""
 
+RUN_ORDER: Final = 4
+RUN_PAGES: Final = 1 << RUN_ORDER
+"""Pages of a bulk request that is served from one block, if there is one, and kept as one when it is freed."""
+
+RUNS_MAX: Final = 64
+"""Free runs that may wait unmerged."""
+
 MAX_OWNERS: Final = 255
 
 _RESERVE_BITS: Final = MEMALLOC | NOMEMALLOC
+_FREE_RUN: Final = bytes(RUN_PAGES)
 
 
 def default_min_pages(pages: int) -> int:
@@ -65,6 +74,7 @@ class PageAllocator:
         "_lowest_free",
         "_owner",
         "_owner_names",
+        "_runs",
         "_singles",
         "_watch",
         "arena",
@@ -92,6 +102,7 @@ class PageAllocator:
         # run.
         self._areas: list[dict[int, None]] = [{} for _ in range(MAX_ORDER + 1)]
         self._singles: list[int] = []
+        self._runs: list[int] = []  # first pfns
         self._owner = bytearray(arena.pages)  # one byte a page; 0: free
         self._owner_names: list[str] = ["free"]
         self._extra: dict[int, int] = {}  # references beyond the first, of the few pages that have any
@@ -167,15 +178,22 @@ class PageAllocator:
             return []
         if count < 1:
             return []
-        singles = self._singles
-        if len(singles) < count:
-            self._refill(count)
-        pfns = singles[-count:]
-        del singles[-count:]
-        pfns.sort()
         owners = self._owner
-        for pfn in pfns:
-            owners[pfn] = owner
+        run = -1
+        if count == RUN_PAGES:
+            run = self._runs.pop() if self._runs else self._take_listed(RUN_ORDER)
+        if run >= 0:
+            pfns = list(range(run, run + RUN_PAGES))
+            owners[run : run + RUN_PAGES] = bytes((owner,)) * RUN_PAGES
+        else:
+            singles = self._singles
+            if len(singles) < count:
+                self._refill(count)
+            pfns = singles[-count:]
+            del singles[-count:]
+            pfns.sort()
+            for pfn in pfns:
+                owners[pfn] = owner
         self.free_pages = free
         if free < self._watch:
             self._fell_to(free)
@@ -210,9 +228,9 @@ class PageAllocator:
         """
         if self._leaves_enough(order):
             return True
-        if not self._singles:
+        if not (self._singles or self._runs):
             return False
-        self._merge_singles(len(self._singles))  # what waits unmerged counts as order 0, and may really be more
+        self._merge_all()  # what waits unmerged counts as what it was freed as, and may really be more
         return self._leaves_enough(order)
 
     def _leaves_enough(self, order: int) -> bool:
@@ -223,6 +241,8 @@ class PageAllocator:
         free -= len(self._singles)
         for smaller in range(order):
             free -= len(self._areas[smaller]) << smaller
+            if smaller == RUN_ORDER:
+                free -= len(self._runs) << RUN_ORDER
             need >>= 1
             if free < need:
                 return False
@@ -259,10 +279,14 @@ class PageAllocator:
         Raises `DoubleFree` for the first page that is not allocated; the pages before it have been freed by then.
         """
         if self._extra:
-            for pfn in pfns:
-                self.put_page(pfn)
-            return
+            shared = [pfn for pfn in pfns if pfn in self._extra]
+            if shared:
+                for pfn in shared:
+                    self.put_page(pfn)
+                pfns = [pfn for pfn in pfns if pfn not in shared]
         owners = self._owner
+        if len(pfns) == RUN_PAGES and self._free_run(pfns[0], pfns):
+            return
         singles = self._singles
         before = len(singles)
         for pfn in pfns:
@@ -279,6 +303,21 @@ class PageAllocator:
             self.under_pressure = False
         if pfn >= 0:
             raise DoubleFree(f"page {pfn} is not allocated")
+
+    def _free_run(self, first: int, pfns: Sequence[int]) -> bool:
+        """Free `pfns` as a run if they are one; whether they were."""
+        end = first + RUN_PAGES
+        if first & (RUN_PAGES - 1) or pfns != list(range(first, end)) or self._owner.find(0, first, end) >= 0:
+            return False
+        self._owner[first:end] = _FREE_RUN
+        runs = self._runs
+        runs.append(first)
+        if len(runs) > RUNS_MAX:
+            self._merge(runs.pop(0), RUN_ORDER)
+        self.free_pages += RUN_PAGES
+        if self.under_pressure and self.free_pages >= self.high_pages:
+            self.under_pressure = False
+        return True
 
     # References
 
@@ -333,7 +372,7 @@ class PageAllocator:
 
     def buddyinfo(self) -> list[int]:
         """Free blocks of each order, as in /proc/buddyinfo. Merges what waits unmerged first, so that the figures are exact."""
-        self._merge_singles(len(self._singles))
+        self._merge_all()
         return [len(area) for area in self._areas]
 
     def largest_free_order(self) -> int:
@@ -354,8 +393,8 @@ class PageAllocator:
     def _take(self, order: int) -> int:
         """Take a block off the lists, splitting a larger one if need be; `NULL` if there is none. Leaves the accounts alone."""
         pfn = self._take_listed(order)
-        if pfn < 0 and self._singles:
-            self._merge_singles(len(self._singles))
+        if pfn < 0 and (self._singles or self._runs):
+            self._merge_all()
             pfn = self._take_listed(order)
         return pfn
 
@@ -385,15 +424,27 @@ class PageAllocator:
         """Move free pages from the buddy lists to the singles until these are at least `count`. There must be that many."""
         singles = self._singles
         while len(singles) < count:
-            order = next(order for order, area in enumerate(self._areas) if area)
-            pfn = self._take_listed(min(order, SINGLES_BATCH_ORDER))
-            singles.extend(range(pfn + (1 << min(order, SINGLES_BATCH_ORDER)) - 1, pfn - 1, -1))
+            order = next((order for order, area in enumerate(self._areas) if area), -1)
+            if order < 0:
+                order = RUN_ORDER
+                pfn = self._runs.pop(0)
+            else:
+                order = min(order, SINGLES_BATCH_ORDER)
+                pfn = self._take_listed(order)
+            singles.extend(range(pfn + (1 << order) - 1, pfn - 1, -1))
 
     def _merge_singles(self, count: int) -> None:
         """Merge the `count` single pages that have waited longest."""
         for pfn in self._singles[:count]:
             self._merge(pfn, 0)
         del self._singles[:count]
+
+    def _merge_all(self) -> None:
+        """Merge everything that waits."""
+        self._merge_singles(len(self._singles))
+        for pfn in self._runs:
+            self._merge(pfn, RUN_ORDER)
+        self._runs.clear()
 
     def check(self) -> None:
         """Verify that the free lists, the owners and the counters agree; raises `AssertionError`. Slow: for tests."""
@@ -407,6 +458,10 @@ class PageAllocator:
         for pfn in self._singles:
             assert not free[pfn], f"single page {pfn} is listed twice"
             free[pfn] = 1
+        for pfn in self._runs:
+            assert pfn % RUN_PAGES == 0, f"run {pfn} is not aligned"
+            assert not any(free[pfn : pfn + RUN_PAGES]), f"run {pfn} is listed twice"
+            free[pfn : pfn + RUN_PAGES] = b"\1" * RUN_PAGES
         assert all(bool(owner) != bool(listed) for owner, listed in zip(self._owner, free, strict=True)), "owner of a free page"
         assert self.free_pages == sum(free), f"{self.free_pages} free pages counted, {sum(free)} listed"
         assert all(self._owner[pfn] for pfn in self._extra), "reference to a free page"

@@ -134,7 +134,12 @@ class PagedRing(RxRing):
             raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no {pages} pages for a receive ring")
         self.frame.head = memory.arena.view(self._header, self._size)
         self.iov.append(self.frame.head)
-        self.iov += [memory.arena.page(pfn) for pfn in self._pfns]
+        self._post_pages()
+
+    def _post_pages(self) -> None:
+        mem = self.memory.mem
+        runs = page_runs(self._pfns, 0, len(self._pfns) << PAGE_SHIFT)
+        self.iov[self._prefixes + 1 :] = [mem[addr : addr + size] for addr, size in runs]
 
     def ready(self) -> bool:
         """Always: pages leave only after others took their place."""
@@ -179,9 +184,7 @@ class PagedRing(RxRing):
             skb.put(self.frame.head[offset:])
         taken = self._pfns[first:last]
         self._pfns[first:last] = fresh
-        page = memory.arena.page
-        base = self._prefixes + 1
-        self.iov[base + first : base + last] = [page(pfn) for pfn in fresh]
+        self._post_pages()
         pages.transfer(taken, memory.frag_owner)
         skb.attach_pages(taken, end - (first << PAGE_SHIFT))
         if split < 0:
