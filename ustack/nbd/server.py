@@ -107,23 +107,25 @@ class NbdServer:
         return _Connection(self)
 
     async def close(self) -> None:
-        """Stop listening, drop the clients, close the exports."""
-        for server in self._servers:
+        """Stop listening, drop the clients, close the exports. A second call does nothing."""
+        servers, self._servers = self._servers, []
+        for server in servers:
             server.close()
         connections = list(self._connections)
         for connection in connections:
             connection.drop()
         for connection in connections:
             await connection.closed
-        for server in self._servers:
+        for server in servers:
             await server.wait_closed()
         self._remove_sockets()
-        for export in self._exports.values():
+        exports, self._exports = self._exports, {}
+        for export in exports.values():
             export.close()
 
     def _remove_sockets(self) -> None:
-        for path in self._unix_paths:
-            Path(path).unlink(missing_ok=True)
+        while self._unix_paths:
+            Path(self._unix_paths.pop()).unlink(missing_ok=True)
 
 
 class _Connection(asyncio.BufferedProtocol):
