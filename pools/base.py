@@ -15,9 +15,8 @@ allocation had to use the reserve (memory under the page allocator's `min` water
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from importlib import import_module
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
     from pools.buddy import PageAllocator
@@ -101,44 +100,37 @@ class Pool(ABC):
         """Verify every invariant of the pool's bookkeeping; raise `AssertionError` on the first that fails. Slow: for tests."""
 
 
-class DoubleFree(RuntimeError):
+class DoubleFree(Exception):
     """Memory was freed that is not allocated: a bug in the caller. The pool is unchanged."""
 
 
-AnyPool = TypeVar("AnyPool", bound=Pool)
-
-_BUILTIN_MODULES: Final = {
-    "kmalloc": "pools.kmalloc",
-    "nta": "pools.nta",
-    "page_frag": "pools.page_frag",
-    "page_per_object": "pools.page_per_object",
-    "srog": "pools.srog",
+_BUILTIN: Final = {
+    "kmalloc": "pools.kmalloc:KmallocPool",
+    "nta": "pools.nta:NtaPool",
+    "page_frag": "pools.page_frag:PageFragPool",
+    "page_per_object": "pools.page_per_object:PagePerObjectPool",
+    "srog": "pools.srog:SrogPool",
 }
-"""Where the pools of this package are. They are imported when they are asked for: only one is used by a stack."""
-
-_builtin: dict[str, type[Pool]] = {}
+"""The pools of this package, as entry points: each is imported when it is asked for, because a stack uses one."""
 
 
-def register(pool: type[AnyPool]) -> type[AnyPool]:
-    """Class decorator for the pools of this package. Others use the entry point group `ustack.pools` instead."""
-    _builtin[pool.name] = pool
-    return pool
+def _entry_points() -> list[EntryPoint]:
+    """All pools that there are, ours first."""
+    ours = [EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in _BUILTIN.items()]
+    return [*ours, *entry_points(group=ENTRY_POINT_GROUP)]
 
 
 def names() -> list[str]:
     """The names of all pools that can be selected, sorted."""
-    return sorted({*_BUILTIN_MODULES, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+    return sorted({point.name for point in _entry_points()})
 
 
 def by_name(name: str) -> type[Pool]:
-    """The pool class with that name; a built-in one wins over an entry point.
+    """The pool class with that name; the names of the built-in pools cannot be taken by others.
 
     Raises `KeyError` with the names there are if there is none, `TypeError` if the entry point is not a pool.
     """
-    if name in _BUILTIN_MODULES:
-        import_module(_BUILTIN_MODULES[name])
-        return _builtin[name]
-    for point in entry_points(group=ENTRY_POINT_GROUP):
+    for point in _entry_points():
         if point.name == name:
             pool = point.load()
             if not (isinstance(pool, type) and issubclass(pool, Pool)):

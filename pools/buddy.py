@@ -4,9 +4,10 @@ Blocks of 2**order pages, orders 0 to 10, lie on multiples of their own size. A 
 and merged with its buddy (the block whose address differs in the one bit of its size) when both are free: Knuth, The Art of
 Computer Programming vol. 1, 2.5; Linux mm/page_alloc.c.
 
-Single pages are by far the most frequent request, so freed single pages wait unmerged on a stack of their own (Linux: per-CPU
-pages). So do runs of 16 pages, the size of a super-frame of 64 KiB, as long as they stay together: a run that lies in one piece is
-copied in one piece. Both are merged when a larger block is asked for and there is none, and whenever the exact state is asked for.
+Single pages are by far the most frequent request, so freed single pages wait unmerged on a stack of their own (Linux:
+per-CPU pages). So do runs of 16 pages, the size of a super-frame of 64 KiB, as long as they stay together: a run that lies
+in one piece is copied in one piece. Both are merged when a larger block is asked for and there is none, and whenever the
+exact state is asked for.
 
 Watermarks are those of Linux: `min`, `low` = min * 5/4 and `high` = min * 3/2. The pages under `min` are the reserve: an
 allocation that would leave fewer free pages than that succeeds only with `gfp.MEMALLOC`. There is no process to wake at

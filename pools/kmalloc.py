@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from pools.arena import PAGE_SHIFT
-from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool, register
+from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
 from pools.slab import GRANULE, GRANULE_SHIFT, KmemCache, SlabMap, slabinfo
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ LANES: Final = 4
 """How many lanes a pool knows by default: receive, transmit, and two for workers."""
 
 
-@register
 class KmallocPool(Pool):
     """General caches `size-32` to `size-131072` and `skbuff_head_cache` on the pages of `pages`, with arrays for `lanes` lanes.
 

@@ -28,7 +28,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pools.arena import PAGE_SHIFT, PAGE_SIZE
-from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool, register
+from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
 from pools.gfp import ATOMIC, MEMALLOC, may_use_reserve
 
 if TYPE_CHECKING:
@@ -143,7 +143,6 @@ def posted_run_down(bitmap: int, end: int) -> int:
     return run
 
 
-@register
 class NtaPool(Pool):
     """Chunks of whole grains in regions of `version.region_order`, for `lanes` lanes.
 

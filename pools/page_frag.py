@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from pools.arena import PAGE_SHIFT, PAGE_SIZE
-from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool, register
+from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
 from pools.gfp import ATOMIC, MEMALLOC, may_use_reserve
 from pools.kmalloc import LANES
 from pools.slab import KmemCache, SlabMap
@@ -49,7 +49,6 @@ class Block:
         self.current = False
 
 
-@register
 class PageFragPool(Pool):
     """Fragments of the current block of each of `lanes` lanes, and heads from a slab cache."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from pools.arena import PAGE_SHIFT, PAGE_SIZE
-from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool, register
+from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
 from pools.gfp import ATOMIC, MEMALLOC, may_use_reserve
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ _HEAD: Final = 2
 _FROM_RESERVE: Final = 4
 
 
-@register
 class PagePerObjectPool(Pool):
     """Each object on a page of its own; data up to 2**`max_order` pages on a block of the next power of two."""
 
@@ -116,5 +115,5 @@ class PagePerObjectPool(Pool):
     def check(self) -> None:
         """Verify that what is held is what is charged, and that the count of reserve pages is not below the objects on them."""
         assert self._held << PAGE_SHIFT == self.stats.charged
-        assert self._reserve_used >= sum(1 for state in self._state if state & _FROM_RESERVE)
+        assert self._reserve_used >= sum(1 for state in bytes(self._state) if state & _FROM_RESERVE)
         assert 0 <= self._reserve_used <= self._held

@@ -26,7 +26,7 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pools.arena import PAGE_SHIFT, PAGE_SIZE
-from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool, register
+from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
 from pools.buddy import MAX_ORDER
 from pools.gfp import ATOMIC, MEMALLOC, may_use_reserve
 from pools.kmalloc import LANES, KmallocPool
@@ -66,7 +66,7 @@ POSTED_64: Final = Layout(8, 48, 8, 4, 16, 8)
 """The patch on a 64-bit machine."""
 
 
-class Oops(RuntimeError):
+class Oops(Exception):
     """Here the posted code would have stopped the kernel: BUG(), or a pointer that points nowhere. Only with `faithful`."""
 
 
@@ -95,7 +95,6 @@ class Block:
                 return
 
 
-@register
 class SrogPool(Pool):
     """Groups on pages of their own: for all packets, or (`role="fallback"`) for those that need the reserve.
 

@@ -19,19 +19,26 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [
         EntryPoint("elsewhere", f"{__name__}:PoolFromElsewhere", base.ENTRY_POINT_GROUP),
         EntryPoint("no-pool", "builtins:int", base.ENTRY_POINT_GROUP),
+        EntryPoint("kmalloc", f"{__name__}:PoolFromElsewhere", base.ENTRY_POINT_GROUP),
     ]
     monkeypatch.setattr(base, "entry_points", lambda group: points if group == base.ENTRY_POINT_GROUP else [])
 
 
 def test_our_pools_are_found_without_importing_them_first() -> None:
-    assert base.by_name("kmalloc") is KmallocPool
-    assert "kmalloc" in base.names()
+    for name in ("kmalloc", "nta", "page_frag", "page_per_object", "srog"):
+        assert base.by_name(name).name == name
+        assert name in base.names()
 
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_pool_from_elsewhere_is_found_by_its_entry_point() -> None:
     assert base.by_name("elsewhere") is PoolFromElsewhere
     assert "elsewhere" in base.names()
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_name_of_a_pool_of_ours_cannot_be_taken() -> None:
+    assert base.by_name("kmalloc") is KmallocPool
 
 
 @pytest.mark.usefixtures("elsewhere")
