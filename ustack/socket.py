@@ -136,7 +136,7 @@ class Socket:
         try:
             await future
         finally:
-            if not future.done() or future.cancelled():
+            if future in queue:  # cancelled, and not woken since
                 queue.remove(future)
         if self._closed:
             raise _error(errno.EBADF)
