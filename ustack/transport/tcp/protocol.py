@@ -433,13 +433,15 @@ class Tcp:
             self.env.timers.set(self._time_wait_timer, queue[0][0])
 
     def close(self) -> None:
-        """Reset every connection and forget it: the stack goes down."""
+        """Reset every connection, tell its user ECONNABORTED, and forget it: the stack goes down."""
         for listener in list(self.listeners.values()):
             listener.close()
-        for conn in list(self.connections.values()):
-            if isinstance(conn, Connection):
-                conn.abort(errno.ECONNABORTED)
-                conn.close()
+        connections = [conn for conn in self.connections.values() if isinstance(conn, Connection)]
+        for conn in connections:
+            conn.abort(errno.ECONNABORTED)
+        self.flush()
+        for conn in connections:
+            conn.close()
         self.connections.clear()
         self._local_ports.clear()
         self._time_waits.clear()
