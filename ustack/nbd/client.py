@@ -341,7 +341,8 @@ class NbdClient(asyncio.BufferedProtocol):
         if info.read_only and command in (NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES):
             raise OSError(errno.EPERM, f"{COMMAND_NAMES[command]}: the export is read-only")
         if offset < 0 or length < 0 or offset + length > info.size:
-            code = errno.ENOSPC if command in (NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES) and offset >= 0 <= length else errno.EINVAL
+            writes = command in (NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES)
+            code = errno.ENOSPC if writes and offset >= 0 and length >= 0 else errno.EINVAL
             raise OSError(code, f"{COMMAND_NAMES[command]} of {length} bytes at {offset}: the export has {info.size} bytes")
         if (offset | length) & (info.minimum_block - 1):
             raise OSError(
@@ -454,12 +455,9 @@ class NbdClient(asyncio.BufferedProtocol):
         """The connection is of no more use: everybody who waits hears why, and so does everybody who comes later."""
         if self._failure is not None:
             return
-        self._failure = (code, text)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if self._transport is not None:
             self._transport.abort()
+        self._end(code, text)
         self._refuse(self._error())
         if self._transmission is not None:
             for call in self._transmission.in_flight.values():
@@ -470,6 +468,13 @@ class NbdClient(asyncio.BufferedProtocol):
         self._outgoing.clear()
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
+
+    def _end(self, code: int, text: str) -> None:
+        """From now on nothing is sent; those who wait in line go on and find out why."""
+        self._failure = (code, text)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._admission.closed = True
         self._admission.admit()
 
@@ -500,10 +505,8 @@ class NbdClient(asyncio.BufferedProtocol):
         if self._failure is None and self._transmission is not None and self._transport is not None:
             self._send_outgoing()
             self._transport.write(self._transmission.disconnect())
-            self._failure = (errno.EPIPE, "closed")
+            self._end(errno.EPIPE, "closed")
             self._transport.close()
-            self._admission.closed = True
-            self._admission.admit()
 
     # -- asyncio.BufferedProtocol ------------------------------------------------------------------------------------------
 
@@ -551,8 +554,8 @@ class NbdClient(asyncio.BufferedProtocol):
         except OSError as error:
             self._transport.write(self._handshake.data_to_send())
             self._refuse(error)
+            self._end(error.errno or errno.EPROTO, str(error.strerror))
             self._transport.close()
-            self._failure = (error.errno or errno.EPROTO, str(error.strerror))
             return
         out = self._handshake.data_to_send()
         if out:
@@ -563,7 +566,7 @@ class NbdClient(asyncio.BufferedProtocol):
             self.structured_replies = last.structured_replies
             self._transmission = ClientTransmission(last.structured_replies)
         elif isinstance(last, Aborted):
-            self._failure = (errno.EPIPE, "closed")
+            self._end(errno.EPIPE, "closed")
             self._transport.close()
         else:
             return
