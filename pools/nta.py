@@ -332,12 +332,12 @@ class NtaPool(Pool):
         first = (addr - region.base) >> shift
         region.bitmap = bitmap = region.bitmap | ((1 << count) - 1) << first
         lane.free += count
-        if self.faithful:
-            after = posted_run_up(bitmap, first + count)
-            before = posted_run_down(bitmap, first)
-        else:
-            after = run_up(bitmap, first + count)
-            before = run_down(bitmap, first)
+        # Most neighbours are in use: one shift tells, and spares the scan.
+        after = before = 0
+        if bitmap >> (first + count) & 1:
+            after = posted_run_up(bitmap, first + count) if self.faithful else run_up(bitmap, first + count)
+        if first and bitmap >> (first - 1) & 1:
+            before = posted_run_down(bitmap, first) if self.faithful else run_down(bitmap, first)
         if after:
             self._unlist(lane, addr + (count << shift), after)
         if before:

@@ -109,9 +109,13 @@ class SrogPool(Pool):
         "_heads",
         "_held",
         "_kmalloc",
+        "_offset",
         "_opened",
         "_owner",
         "_payloads",
+        "_round_up",
+        "_smallest",
+        "_word_mask",
         "faithful",
         "layout",
         "payloads",
@@ -131,7 +135,11 @@ class SrogPool(Pool):
     ) -> None:
         super().__init__(pages)
         self.faithful = faithful
-        self.layout = layout or (POSTED_32 if faithful else LAYOUT)
+        self.layout = layout = layout or (POSTED_32 if faithful else LAYOUT)
+        self._offset = layout.offset
+        self._smallest = layout.smallest
+        self._round_up = layout.counted + layout.word - 1
+        self._word_mask = -layout.word
         self.payloads = payloads
         self._kmalloc = KmallocPool(pages, lanes=lanes) if role == "fallback" else None
         self._owner = pages.owner_id("srog")
@@ -189,9 +197,10 @@ class SrogPool(Pool):
     def free(self, addr: int, size: int, cpu: int = 0, group: int = NULL) -> None:
         """Free data."""
         if addr in self._data:
-            charge = self.charge(addr, size)
+            charge = self._opened.get(addr) or self._data[addr]
             self._free(addr, self._data, group)
-            self._payloads.discard(addr)
+            if self._payloads:
+                self._payloads.discard(addr)
         elif self._kmalloc is not None:
             self._kmalloc.free(addr, size, cpu)
             charge = self._kmalloc.charge(addr, size)
@@ -248,8 +257,7 @@ class SrogPool(Pool):
 
     def _need(self, size: int) -> int:
         """Bytes of the piece for an object of `size` bytes."""
-        layout = self.layout
-        return max(size, layout.smallest) + layout.counted + layout.word - 1 & -layout.word
+        return ((size if size > self._smallest else self._smallest) + self._round_up) & self._word_mask
 
     def _alloc(self, size: int, gfp: int, group: int, kind: dict[int, int]) -> int:
         need = self._need(size)
@@ -278,21 +286,24 @@ class SrogPool(Pool):
             self.stats.failures += 1
             return NULL
         self.pfmemalloc = block.pfmemalloc
-        opens = piece is None
-        if piece is None:
-            piece = self._carve(block, need)
-            assert piece is not None
-        start, taken = piece
-        addr = start + self.layout.offset
-        charge = taken
-        if opens and kind is self._data:
+        if piece is not None:
+            start, charge = piece
+            addr = start + self._offset
+            kind[addr] = charge
+            if self.faithful:
+                self._posted_rest(block, start + charge)
+        else:
+            start, room = block.free.pop()
+            addr = start + self._offset
+            if room - need >= self.layout.smallest_rest:
+                block.free.append((start + need, room - need))
+                room = need
+            kind[addr] = room
             charge = PAGE_SIZE << block.order
             if charge - self.head_charge >= need:
                 charge -= self.head_charge
-            self._opened[addr] = charge
-        kind[addr] = taken
-        if self.faithful:
-            self._posted_rest(block, start + taken)
+            if kind is self._data:
+                self._opened[addr] = charge
         self._account(size, charge if kind is self._data else self.head_charge)
         return addr
 
@@ -312,7 +323,7 @@ class SrogPool(Pool):
         if self.faithful:
             self._posted_free(addr, kind, group)
             return
-        start = addr - self.layout.offset
+        start = addr - self._offset
         size = kind.pop(addr)
         self._opened.pop(addr, None)
         block = self._block_of[addr >> PAGE_SHIFT]
@@ -352,7 +363,10 @@ class SrogPool(Pool):
         block.next.previous = block.previous
         pfn = block.base >> PAGE_SHIFT
         self._held -= 1 << block.order
-        self._block_of[pfn : pfn + (1 << block.order)] = [None] * (1 << block.order)
+        if block.order:
+            self._block_of[pfn : pfn + (1 << block.order)] = [None] * (1 << block.order)
+        else:
+            self._block_of[pfn] = None
         self.pages.free(pfn, block.order)
 
     # What was posted

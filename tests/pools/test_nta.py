@@ -208,13 +208,13 @@ def test_as_posted_a_used_grain_in_the_upper_half_of_a_word_is_not_seen() -> Non
 
 def test_as_posted_free_grains_are_merged_with_live_ones_and_handed_out_again() -> None:
     for pool, harmed in ((posted_pool(), True), (new_pool(), False)):
-        before = pool.alloc(40 * 64, ATOMIC)
-        packet = pool.alloc(64, ATOMIC)
-        after = pool.alloc(23 * 64, ATOMIC)
+        first = pool.alloc(10 * 64, ATOMIC)
+        second = pool.alloc(30 * 64, ATOMIC)
+        packet = pool.alloc(64, ATOMIC)  # grain 40
         last = pool.alloc(64, ATOMIC)
-        pool.free(before, 40 * 64)
-        pool.free(after, 23 * 64)
-        # 40 grains are free, then comes the packet, then 23 more: nothing of 64 grains can begin at `before`.
+        pool.free(second, 30 * 64)
+        pool.free(first, 10 * 64)
+        # 40 grains are free, then comes the packet: nothing larger can begin where they do.
         got = pool.alloc(64 * 64, ATOMIC)
         assert (got <= packet < got + 64 * 64) == harmed
         if not harmed:
