@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pools.arena import Arena
-from pools.base import by_name
+from pools.base import NULL, by_name
 from pools.buddy import PageAllocator
 from pools.gfp import ATOMIC
 
@@ -40,13 +40,16 @@ def test_sixteen_pages(benchmark: BenchmarkFixture) -> None:
     assert median(benchmark, lambda: pages.free_bulk(pages.alloc_bulk(16, ATOMIC, owner))) < 4.0e-6
 
 
+LIMITS = {"kmalloc": 2.0e-6, "nta": 6.0e-6, "page_frag": 6.0e-6, "page_per_object": 6.0e-6, "srog": 6.0e-6}
+
+
 @pytest.mark.parametrize("live", [100, 10_000, 100_000])
-@pytest.mark.parametrize(
-    ("name", "limit"),
-    [("kmalloc", 2.0e-6), ("nta", 6.0e-6), ("srog", 6.0e-6), ("page_per_object", 6.0e-6), ("page_frag", 6.0e-6)],
-)
-def test_alloc_and_free(benchmark: BenchmarkFixture, name: str, limit: float, live: int) -> None:
+@pytest.mark.parametrize("name", LIMITS)
+def test_alloc_and_free(benchmark: BenchmarkFixture, name: str, live: int) -> None:
     pool = by_name(name)(PageAllocator(Arena(32768)))
-    for _ in range(live):
-        pool.alloc(200, ATOMIC)
-    assert median(benchmark, lambda: pool.free(pool.alloc(1536, ATOMIC), 1536)) < limit
+    if name == "page_per_object" and live > pool.pages.pages // 2:
+        pytest.skip("a page for each of these objects is more memory than a benchmark should take")
+    packet = NULL
+    for count in range(live):  # eight objects a packet
+        packet = pool.alloc(200, ATOMIC, 0, packet if count % 8 else NULL)
+    assert median(benchmark, lambda: pool.free(pool.alloc(1536, ATOMIC), 1536)) < LIMITS[name]
