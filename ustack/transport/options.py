@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(slots=True)
 class SocketOptions:
-    """Socket options with the kernel's meanings (socket(7), ip(7), tcp(7)). A buffer size of 0 leaves the size to autotuning."""
+    """Socket options with the kernel's meanings (socket(7), ip(7), tcp(7)). A buffer size of 0: autotuning."""
 
     rcvbuf: int = 0
     """Receive limit in bytes of truesize, as it is in force (twice what SO_RCVBUF was given)."""

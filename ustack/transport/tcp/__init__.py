@@ -9,12 +9,13 @@ How it works, in the order of a reader's questions:
 * `send_queue` has the bytes that are not acknowledged yet, `inflight` the segments that carried them (the scoreboard),
   `receive_queue` the bytes that the user has not read, in order and out of order.
 * `recovery` finds losses and says when to slow down; `congestion/` says by how much; `rtt` says how long to wait.
-* `timers` is what happens when nothing arrives; `listener` is passive opening; `timewait` is what remains of a closed connection.
+* `timers` is what happens when nothing arrives; `listener` is passive opening; `timewait` is what remains of a closed
+  connection.
 
-Sequence numbers are unwrapped at the door: inside, they are Python ints that never wrap, so that comparing them is comparing ints.
-They are cut to 32 bits when a header is built.
+Sequence numbers are unwrapped at the door: inside, they are Python ints that never wrap, so that comparing them is comparing
+ints. They are cut to 32 bits when a header is built.
 
-A connection never sends while a segment is being processed. It asks to be flushed, and `Tcp.flush`, once per batch of frames, first wakes
-the users, who read and write, and then lets every connection send what it owes: data, an acknowledgment, a window update. So a batch
-costs one acknowledgment, and an answer written at once carries it.
+A connection never sends while a segment is being processed. It asks to be flushed, and `Tcp.flush`, once per batch of frames,
+first wakes the users, who read and write, and then lets every connection send what it owes: data, an acknowledgment, a window
+update. So a batch costs one acknowledgment, and an answer written at once carries it.
 """

@@ -20,13 +20,16 @@ class TcpConfig:
     wmem_max: int = 4 << 20
     """Send limit in bytes up to which autotuning goes (tcp_wmem[2])."""
     mem_max: int = 0
-    """Bytes of truesize that all connections together may hold (tcp_mem[2], which counts pages); 0: three quarters of the arena."""
+    """Bytes of truesize that all connections together may hold (tcp_mem[2], which counts pages); 0: three quarters of the
+    arena.
+    """
     syn_retries: int = 6
     """Retransmissions of a SYN before connecting fails with ETIMEDOUT: about 127 s (tcp_syn_retries)."""
     synack_retries: int = 5
     """Retransmissions of a SYN-ACK before a half-open connection is forgotten: about 63 s (tcp_synack_retries)."""
     retries2: int = 15
-    """Consecutive timeouts before an established connection fails with ETIMEDOUT (tcp_retries2; R2 of RFC 9293, section 3.8.3)."""
+    """Consecutive timeouts before an established connection fails with ETIMEDOUT (tcp_retries2; R2 of RFC 9293, section 3.8.3).
+    """
     orphan_retries: int = 8
     """The same for a connection that its user has closed (tcp_orphan_retries)."""
     fin_timeout: float = 60.0

@@ -4,8 +4,9 @@ Flags and counts follow Linux (tcp_input.c, "Linux NewReno/SACK/ECN state machin
 
     in flight = outstanding - (sacked + lost) + retransmitted
 
-A segment is S (selectively acknowledged), L (taken for lost), R (sent again, and that copy is still out), or several of these. A record
-is as long as what was sent at once, up to 64 KiB, and is split where an acknowledgment or the congestion window cuts it.
+A segment is S (selectively acknowledged), L (taken for lost), R (sent again, and that copy is still out), or several of these.
+A record is as long as what was sent at once, up to 64 KiB, and is split where an acknowledgment or the congestion window cuts
+it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Segment:
 
 
 class Inflight:
-    """Segments outstanding. `sacked`, `lost` and `retrans` are bytes with that flag; `sacked` also counts duplicate ACKs without SACK."""
+    """Segments outstanding. `sacked`, `lost` and `retrans` are bytes with that flag; `sacked` also counts duplicate ACKs
+    without SACK.
+    """
 
     __slots__ = ("_lost_below", "lost", "reno_sacked", "retrans", "sacked", "segments")
 
@@ -78,7 +81,9 @@ class Inflight:
     # -- what the peer says --
 
     def on_ack(self, una: int) -> float:
-        """Everything before `una` is acknowledged. Returns when the last segment covered that was sent only once was sent, or -1."""
+        """Everything before `una` is acknowledged. Returns when the last segment covered that was sent only once was sent, or
+        -1.
+        """
         sent_at = -1.0
         segments = self.segments
         done = 0
@@ -108,7 +113,9 @@ class Inflight:
             self.retrans -= length
 
     def on_sack(self, left: int, right: int) -> tuple[int, float]:
-        """The peer holds `left .. right`. Returns the bytes that are newly so, and when the last of them sent only once was sent, or -1."""
+        """The peer holds `left .. right`. Returns the bytes that are newly so, and when the last of them sent only once was
+        sent, or -1.
+        """
         segments = self.segments
         index = bisect_right(segments, left, key=_end)
         newly = 0
@@ -181,7 +188,7 @@ class Inflight:
         return found
 
     def mark_head_lost(self, mss: int) -> bool:
-        """Mark the first segment lost, at most `mss` bytes of it: what a partial acknowledgment means (RFC 6582, section 3.2)."""
+        """Mark the first segment, at most `mss` bytes of it, lost: as a partial ACK says (RFC 6582, section 3.2)."""
         if not self.segments:
             return False
         segment = self.segments[0]

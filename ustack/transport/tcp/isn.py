@@ -23,5 +23,7 @@ class IsnGenerator:
         return (int(now * TICKS_PER_SECOND) + int.from_bytes(digest)) & 0xFFFFFFFF
 
     def timestamp_offset(self, key: bytes) -> int:
-        """What is added to the timestamp clock of the connection named `key`, so that it tells nothing of our uptime (RFC 7323, 5.4)."""
+        """What is added to the timestamp clock of the connection named `key`, so that it tells nothing of our uptime (RFC 7323,
+        5.4).
+        """
         return int.from_bytes(blake2s(key, key=self._secret, digest_size=4, person=b"ts").digest())

@@ -1,12 +1,12 @@
 """The bytes that have arrived and that the user has not read: in order, and out of order.
 
-Both queues are charged to the socket by truesize. Out-of-order data is kept disjoint and sorted, each arrival cut to what is new, and is
-described to the peer by SACK blocks, the latest first (RFC 2018, section 4).
+Both queues are charged to the socket by truesize. Out-of-order data is kept disjoint and sorted, each arrival cut to what is
+new, and is described to the peer by SACK blocks, the latest first (RFC 2018, section 4).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import deque
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
@@ -19,7 +19,9 @@ SACK_BLOCKS: Final = 4
 """Blocks that fit the option space (three beside timestamps)."""
 
 SMALL: Final = 1024
-"""A payload up to this size that the reader does not wait for is put together with its neighbours, so that truesize stays near size."""
+"""A payload up to this size that the reader does not wait for is put together with its neighbours, so that truesize stays near
+size.
+"""
 
 SHARED_BUFFER: Final = 4096
 """Bytes of the buffer in which small payloads are put together."""
@@ -29,7 +31,9 @@ _end = attrgetter("end_seq")
 
 
 class ReceiveQueue:
-    """Data from `copied_seq` (the first byte not read) on. `queue` is in order and ends at RCV.NXT; `ofo` lies to the right of it."""
+    """Data from `copied_seq` (the first byte not read) on. `queue` is in order and ends at RCV.NXT; `ofo` lies to the right of
+    it.
+    """
 
     __slots__ = ("_recent", "account", "copied_seq", "memory", "ofo", "ofo_account", "queue")
 
@@ -74,7 +78,9 @@ class ReceiveQueue:
         return True
 
     def put_out_of_order(self, frame: RxFrame, offset: int, seq: int, end: int, gfp: int) -> bool | None:
-        """Keep what is new of `seq .. end`, which lies right of RCV.NXT. None when nothing is new, False when there is no memory."""
+        """Keep what is new of `seq .. end`, which lies right of RCV.NXT. None when nothing is new, False when there is no
+        memory.
+        """
         ofo = self.ofo
         index = bisect_right(ofo, seq, key=_seq)
         start = seq
@@ -158,7 +164,7 @@ class ReceiveQueue:
         return rcv_nxt
 
     def prune_out_of_order(self) -> int:
-        """Give up all out-of-order data, as the peer will send it again (tcp_prune_ofo_queue); return how many skbs that were."""
+        """Give up all out-of-order data, as the peer will send it again (tcp_prune_ofo_queue); return how many skbs."""
         count = len(self.ofo)
         for skb in self.ofo:
             skb.free()

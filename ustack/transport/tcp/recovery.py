@@ -1,7 +1,8 @@
-"""Finding losses and getting over them: fast retransmit and fast recovery with SACK (RFC 6675) and without (RFC 6582), and after a timeout.
+"""Finding losses and getting over them: fast retransmit and fast recovery with SACK (RFC 6675) and without (RFC 6582), and
+after a timeout.
 
-The states are those of Linux (tcp_ca_state). The scoreboard says what is lost, the congestion control how large the window becomes, and
-`output` sends again what is lost before it sends anything new.
+The states are those of Linux (tcp_ca_state). The scoreboard says what is lost, the congestion control how large the window
+becomes, and `output` sends again what is lost before it sends anything new.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Phase(IntEnum):
 
 
 class Recovery:
-    """The phase, its end (`point`: SND.NXT when it began) and the duplicate ACKs seen. `cwnd_limited`: the window kept us from sending."""
+    """The phase, its end (`point`: SND.NXT when it began) and the duplicate ACKs seen. `cwnd_limited`: the window kept us from
+    sending.
+    """
 
     __slots__ = ("cwnd_limited", "dupacks", "phase", "point")
 
@@ -96,7 +99,9 @@ class Recovery:
         conn.inflight.reno_sacked = 0
 
     def on_timeout(self, conn: Connection) -> None:
-        """The retransmission timer expired: take everything that is not sacked for lost, and start slowly (RFC 6298, 5.4; RFC 5681, 3.1)."""
+        """The retransmission timer expired: take everything that is not sacked for lost, and start slowly (RFC 6298, 5.4; RFC
+        5681, 3.1).
+        """
         inflight = conn.inflight
         conn.cc.on_timeout(inflight.outstanding())
         # SACKed data at the very left edge means that the peer reneged: it would have moved the edge otherwise.

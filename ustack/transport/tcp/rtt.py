@@ -13,7 +13,9 @@ K: Final = 4
 
 
 class RttEstimator:
-    """Smoothed RTT, its variation and the RTO that follows from them; all in seconds. `backoff` doubles the RTO, a new sample ends that."""
+    """Smoothed RTT, its variation and the RTO that follows from them; all in seconds. `backoff` doubles the RTO, a new sample
+    ends that.
+    """
 
     __slots__ = ("_config", "backoff_shift", "latest", "minimum", "rttvar", "srtt")
 

@@ -1,7 +1,7 @@
 """The bytes that the user has sent and the peer has not acknowledged, in skbs.
 
-The queue knows nothing of segments: a segment is cut when it is sent, out of whatever skbs its bytes lie in, and cut anew when it is
-sent again. An skb goes when its last byte is acknowledged.
+The queue knows nothing of segments: a segment is cut when it is sent, out of whatever skbs its bytes lie in, and cut anew when
+it is sent again. An skb goes when its last byte is acknowledged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The states of a connection (RFC 9293, section 3.3.2) and what may follow what (figure 5, and RFC 9293 section 3.10 for the resets).
+"""The states of a connection (RFC 9293, section 3.3.2) and what may follow what (figure 5, and RFC 9293 section 3.10 for the
+resets).
 
 LISTEN belongs to the listener and TIME-WAIT to `timewait`; both are here because other tools show them.
 """

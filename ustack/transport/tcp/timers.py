@@ -1,4 +1,6 @@
-"""What happens to a connection when nothing arrives: retransmission, window probes, delayed ACK, keepalive, waiting for the last FIN."""
+"""What happens to a connection when nothing arrives: retransmission, window probes, delayed ACK, keepalive, waiting for the
+last FIN.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""What remains of a connection that was closed first by us: enough to answer the peer's last FIN again (RFC 9293, section 3.6.1).
+"""What remains of a connection that was closed first by us: enough to answer the peer's last FIN again (RFC 9293, section
+3.6.1).
 
-A record of a few numbers takes the connection's place, so that tens of thousands of them cost little. A new SYN for the same ports
-opens a new connection when its timestamp or sequence number proves that it is new (RFC 6191; RFC 9293, section 3.6.1), and a reset
-does not end TIME-WAIT (RFC 1337).
+A record of a few numbers takes the connection's place, so that tens of thousands of them cost little. A new SYN for the same
+ports opens a new connection when its timestamp or sequence number proves that it is new (RFC 6191; RFC 9293, section 3.6.1),
+and a reset does not end TIME-WAIT (RFC 1337).
 """
 
 from __future__ import annotations

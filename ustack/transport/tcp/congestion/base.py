@@ -8,7 +8,9 @@ from typing import ClassVar
 
 
 class CongestionControl(ABC):
-    """The window `cwnd` of one connection, in bytes. `mss` is the sender's maximum segment size and may change with the path MTU."""
+    """The window `cwnd` of one connection, in bytes. `mss` is the sender's maximum segment size and may change with the path
+    MTU.
+    """
 
     __slots__ = ("cwnd", "mss", "ssthresh")
 
