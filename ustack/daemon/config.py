@@ -225,7 +225,7 @@ def _tcp_section() -> type[Section]:
         if kind is bool:
             pass
         elif "mem_" in field.name:
-            kind = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+            kind = Annotated[int, BeforeValidator(_size), Field(ge=bool(field.default))]  # 0 stays 0: by the size of the memory
         else:
             kind = Annotated[kind, Field(gt=0)]
         definitions[field.name] = (kind, field.default)

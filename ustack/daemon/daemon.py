@@ -248,6 +248,7 @@ def _fixed_changes(old: Config, new: Config) -> Iterator[str]:
     for section, keys in (
         ("device", list(type(old.device).model_fields)),
         ("memory", ["pool", "size", "lock"]),
+        ("tcp", ["mem_max"]),
         ("control", list(type(old.control).model_fields)),
     ):
         before, after = getattr(old, section), getattr(new, section)
