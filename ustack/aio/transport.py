@@ -92,6 +92,29 @@ class StreamTransport(asyncio.Transport):
         except BaseException as error:
             self._fail(error)
 
+    def buffer_for(self, size: int) -> memoryview | None:
+        """The protocol's buffer, if it is large enough and data is wanted (see `events.DirectReader`)."""
+        if self._paused or self._closing or self._buffered is None:
+            return None
+        try:
+            view = memoryview(self._buffered.get_buffer(size))
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._fail(error)
+            return None
+        return view if len(view) >= size else None
+
+    def took(self, size: int) -> None:
+        """Data lies in the buffer that `buffer_for` gave."""
+        try:
+            if self._buffered is not None and not self._closing:
+                self._buffered.buffer_updated(size)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._fail(error)
+
     def _read(self) -> None:
         conn = self._conn
         queue = conn.receive_queue.queue
@@ -249,6 +272,7 @@ class StreamTransport(asyncio.Transport):
         self._protocol = protocol
         self._buffered = protocol if isinstance(protocol, asyncio.BufferedProtocol) else None
         self._plain = cast("asyncio.Protocol", protocol)
+        self._conn.reader = self if self._buffered is not None else None
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         """The protocol."""

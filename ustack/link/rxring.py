@@ -65,6 +65,14 @@ class RxFrame:
         """A copy of the bytes `offset .. offset+length`."""
         return b"".join(self.ring.views(offset, length))
 
+    def copy_to(self, offset: int, length: int, target: memoryview) -> None:
+        """Copy the bytes `offset .. offset+length` to the start of `target`, which has room for them."""
+        done = 0
+        for view in self.ring.views(offset, length):
+            size = len(view)
+            target[done : done + size] = view
+            done += size
+
     def keep(self, offset: int, length: int, gfp: int) -> Skb | None:
         """An skb of the bytes `offset .. offset+length`; None when there is no memory. At most once for each frame."""
         return self.ring.keep(offset, length, gfp)

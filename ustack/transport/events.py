@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol
 
 READABLE: Final = 1
 """Data, a connection to accept, the end of the stream or an error has come (POLLIN)."""
@@ -18,6 +18,18 @@ SHUT_WR: Final = 2
 
 ORPHAN: Final = 4
 """Closed by its user: nobody will read or write any more."""
+
+
+class DirectReader(Protocol):
+    """A user who waits with a buffer, so that data can be copied there straight from the frame, past the receive queue."""
+
+    def buffer_for(self, size: int) -> memoryview | None:
+        """A buffer for at least `size` bytes; None when the user has none now, and the data is to be queued."""
+
+    def took(self, size: int) -> None:
+        """The first `size` bytes of that buffer are filled. Called when the segment has been dealt with: the user may do
+        anything.
+        """
 
 
 def nobody(_: int) -> None:

@@ -1,7 +1,8 @@
 """The transmission control block (RFC 9293, section 3.3.1): all state of one connection, and the calls of its user.
 
-The user is told by `wake`, called with READABLE, WRITABLE or both when something changed; it then makes the non-blocking calls below.
-They raise what the BSD calls would: BlockingIOError when nothing can be done now, and OSError with the connection's error.
+The user is told by `wake`, called with READABLE, WRITABLE or both when something changed; it then makes the non-blocking calls
+below. They raise what the BSD calls would: BlockingIOError when nothing can be done now, and OSError with the connection's
+error.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ if TYPE_CHECKING:
 
     from ustack.net.path import Path
     from ustack.skb import Buffer
+    from ustack.transport.events import DirectReader
     from ustack.transport.options import SocketOptions
     from ustack.transport.tcp.congestion.base import CongestionControl
     from ustack.transport.tcp.listener import Listener
     from ustack.transport.tcp.protocol import Tcp
 
 QUICK_ACKS: Final = 16
-"""Segments that are acknowledged at once when a connection starts, so that the peer leaves slow start soon (TCP_MAX_QUICKACKS)."""
+"""Segments that are acknowledged at once when a connection starts, so that the peer leaves slow start soon (TCP_MAX_QUICKACKS).
+"""
 
 RATIO_UNIT: Final = 256
 """`win_ratio` counts in 256ths."""
@@ -48,8 +51,8 @@ RATIO_INITIAL: Final = 128
 class Connection:
     """One TCP connection. Sequence numbers are unwrapped; sizes are bytes, times seconds.
 
-    Send sequence variables: `iss snd_una snd_nxt snd_wnd snd_wl1 snd_wl2`; receive: `irs rcv_nxt`, `rcv_wup` (RCV.NXT when we last
-    acknowledged) and `rcv_adv` (the right edge of the window that we advertised, which never moves left).
+    Send sequence variables: `iss snd_una snd_nxt snd_wnd snd_wl1 snd_wl2`; receive: `irs rcv_nxt`, `rcv_wup` (RCV.NXT when we
+    last acknowledged) and `rcv_adv` (the right edge of the window that we advertised, which never moves left).
     """
 
     __slots__ = (
@@ -60,6 +63,7 @@ class Connection:
         "delack_timer",
         "error",
         "fin_seq",
+        "handed",
         "inflight",
         "irs",
         "iss",
@@ -91,6 +95,7 @@ class Connection:
         "rcvq_seq",
         "rcvq_space",
         "rcvq_time",
+        "reader",
         "receive_queue",
         "recovery",
         "retransmit_timer",
@@ -134,6 +139,8 @@ class Connection:
         self.shutdown_mask = 0
         self.wake: Callable[[int], None] = nobody
         self.wake_mask = 0
+        self.reader: DirectReader | None = None
+        self.handed = 0
         self.pending = False
         self.write_blocked = False
 
@@ -250,7 +257,8 @@ class Connection:
     # -- what the user calls --
 
     def send(self, data: Buffer, *, more: bool = False) -> int:
-        """Queue bytes of `data` and send what may be sent; return how many were taken. `more` follows at once: do not send yet (MSG_MORE).
+        """Queue bytes of `data` and send what may be sent; return how many were taken. `more` follows at once: do not send yet
+        (MSG_MORE).
 
         Raises BlockingIOError when not one byte can be taken now, BrokenPipeError after a shutdown, or the connection's error.
         """
@@ -307,7 +315,7 @@ class Connection:
         return b""
 
     def recv_into(self, target: memoryview, *, peek: bool = False) -> int:
-        """Like `recv`, into a writable view of bytes; returns how many, 0 at the end of the stream. `peek` leaves them queued."""
+        """Like `recv`, into a writable view of bytes; returns how many, 0 at the end of the stream. `peek` leaves them there."""
         queue = self.receive_queue
         if queue.queue and target:
             done = queue.read_into(target, peek=peek)
@@ -353,8 +361,11 @@ class Connection:
             output.push(self)
 
     def close(self) -> None:
-        """The user is done (close(2)): the stack finishes in order, or resets when data was left unread (RFC 9293, 3.6; RFC 2525, 2.17)."""
+        """The user is done (close(2)): the stack finishes in order, or resets when data was left unread (RFC 9293, 3.6; RFC
+        2525, 2.17).
+        """
         self.wake = nobody
+        self.reader = None
         unread = bool(self.receive_queue.queue)
         self.receive_queue.clear()
         self.shutdown_mask |= SHUT_RD | ORPHAN
@@ -378,4 +389,3 @@ class Connection:
             output.send_reset(self)
         if self.state is not State.CLOSE:
             self.fail(error)
-

@@ -1,7 +1,7 @@
 """SEGMENT ARRIVES (RFC 9293, section 3.10.7), in the RFC's order: sequence number, RST, SYN, ACK, data, FIN.
 
-With the robustness of RFC 5961 (challenge ACKs), PAWS (RFC 7323, section 5) and the acknowledgment policy of RFC 5681, section 4.2.
-Nothing is sent from here but resets and challenge ACKs: what is owed is noted, and sent when the batch is flushed.
+With the robustness of RFC 5961 (challenge ACKs), PAWS (RFC 7323, section 5) and the acknowledgment policy of RFC 5681, section
+4.2. Nothing is sent from here but resets and challenge ACKs: what is owed is noted, and sent when the batch is flushed.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
     rcv_nxt = conn.rcv_nxt
     options = segment.options
 
-    # First, PAWS and the sequence number. The test is Linux's (tcp_sequence): what the peer may have sent before it saw our last
-    # acknowledgment is let in, so that ACKs overtaken by data do not draw answers.
+    # First, PAWS and the sequence number. The test is Linux's (tcp_sequence): what the peer may have sent before it saw our
+    # last acknowledgment is let in, so that ACKs overtaken by data do not draw answers.
     age = -1
     if conn.ts_ok and options is not None and options.ts_val >= 0:
         age = (options.ts_val - conn.ts_recent) & MASK32
@@ -409,23 +409,17 @@ def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int
         seq = rcv_nxt
     size = end - seq
     if size > 0:
-        reason = _make_room(conn)
-        if reason is None and not queue.put(segment.frame, offset, size, seq, conn.gfp):
-            if queue.ofo:
-                env.mib.TcpExtTCPRcvPruned += 1
-                queue.prune_out_of_order()
-            reason = None if queue.put(segment.frame, offset, size, seq, conn.gfp) else DropReason.NOMEM
+        reason = _take(conn, segment, offset, size)
         if reason is not None:
             if conn.fin_seq == end:
                 conn.fin_seq = -1
             _duplicate_ack(conn)
             return reason
         conn.rcv_nxt = rcv_nxt = end
-        _measure(conn, segment, size)
         if queue.ofo:
             conn.rcv_nxt = rcv_nxt = queue.advance(rcv_nxt)
             conn.ack_due = ACK_NOW  # a hole is filled: tell at once (RFC 5681, section 4.2)
-        conn.notify(READABLE)
+            conn.notify(READABLE)
         _schedule_ack(conn)
     if conn.fin_seq == rcv_nxt:
         _on_fin(conn)
@@ -435,10 +429,38 @@ def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int
     return None
 
 
+def _take(conn: Connection, segment: ArrivingSegment, offset: int, size: int) -> DropReason | None:
+    """Take the next `size` bytes of the stream, which lie at `offset` of the frame, for a waiting reader or into the receive
+    queue.
+    """
+    queue = conn.receive_queue
+    frame = segment.frame
+    if conn.reader is not None and not queue.queue and not conn.handed:
+        buffer = conn.reader.buffer_for(size)
+        if buffer is not None:
+            frame.copy_to(offset, size, buffer)
+            queue.copied_seq += size
+            conn.handed = size
+            _learn_mss(conn, segment, size)
+            return None
+    reason = _make_room(conn)
+    if reason is None and not queue.put(frame, offset, size, conn.rcv_nxt, conn.gfp):
+        if queue.ofo:
+            conn.tcp.env.mib.TcpExtTCPRcvPruned += 1
+            queue.prune_out_of_order()
+        reason = None if queue.put(frame, offset, size, conn.rcv_nxt, conn.gfp) else DropReason.NOMEM
+    if reason is None:
+        if _learn_mss(conn, segment, size):
+            _learn_ratio(conn)
+        conn.notify(READABLE)
+    return reason
+
+
 def _make_room(conn: Connection) -> DropReason | None:
     """Over a limit, give up out-of-order data first (tcp_prune_queue); None when there is room, else why there is none.
 
-    A memalloc socket is bound by its own limit only, and a socket that holds next to nothing may always receive, so that it gets on.
+    A memalloc socket is bound by its own limit only, and a socket that holds next to nothing may always receive, so that it
+    gets on.
     """
     queue = conn.receive_queue
     reason = None
@@ -470,21 +492,26 @@ def _out_of_order(conn: Connection, segment: ArrivingSegment, offset: int, seq: 
     return None
 
 
-def _measure(conn: Connection, segment: ArrivingSegment, size: int) -> None:
-    """Learn the peer's segment size, what its segments cost us in truesize, and the round trip as the receiver sees it."""
-    frame = segment.frame
-    mss = frame.gso_size or size
+def _learn_mss(conn: Connection, segment: ArrivingSegment, size: int) -> bool:
+    """Learn the peer's segment size and the round trip as the receiver sees it. Returns whether the segment is a full one."""
+    mss = segment.frame.gso_size or size
     if mss > conn.rcv_mss:
         conn.rcv_mss = min(mss, conn.adv_mss)
-    if size >= conn.rcv_mss:
-        skb = conn.receive_queue.queue[-1]
-        ratio = min(max(((skb.end_seq - skb.seq) << 8) // skb.truesize, RATIO_MIN), RATIO_MAX)
-        conn.win_ratio += (ratio - conn.win_ratio) >> 3 if ratio < conn.win_ratio else (ratio - conn.win_ratio + 7) >> 3
-        options = segment.options
-        if conn.ts_ok and options is not None and options.ts_ecr > 0:
-            delta = ((int(conn.tcp.env.timers.now * 1000) + conn.ts_offset - options.ts_ecr) & MASK32) / 1000
-            if delta < 60:
-                conn.rcv_rtt += (max(delta, 0.001) - conn.rcv_rtt) / 8
+    if size < conn.rcv_mss:
+        return False
+    options = segment.options
+    if conn.ts_ok and options is not None and options.ts_ecr > 0:
+        delta = ((int(conn.tcp.env.timers.now * 1000) + conn.ts_offset - options.ts_ecr) & MASK32) / 1000
+        if delta < 60:
+            conn.rcv_rtt += (max(delta, 0.001) - conn.rcv_rtt) / 8
+    return True
+
+
+def _learn_ratio(conn: Connection) -> None:
+    """Learn from the skb queued last how much payload its truesize carries: the window is promised by that."""
+    skb = conn.receive_queue.queue[-1]
+    ratio = min(max(((skb.end_seq - skb.seq) << 8) // skb.truesize, RATIO_MIN), RATIO_MAX)
+    conn.win_ratio += (ratio - conn.win_ratio) >> 3 if ratio < conn.win_ratio else (ratio - conn.win_ratio + 7) >> 3
 
 
 def _schedule_ack(conn: Connection) -> None:

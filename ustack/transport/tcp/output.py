@@ -1,7 +1,7 @@
 """What may be sent now, and how a segment is built (RFC 9293, sections 3.8 and 3.10.2; RFC 1122, section 4.2.3.4).
 
-Segments are cut late: only here, from the bytes of the send queue, as long as window, congestion window and device allow, up to a
-super-frame of 64 KiB that the device cuts into segments of the MSS.
+Segments are cut late: only here, from the bytes of the send queue, as long as window, congestion window and device allow, up to
+a super-frame of 64 KiB that the device cuts into segments of the MSS.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ _NO_PAYLOAD: Final[list[memoryview]] = []
 
 
 def sync_mss(conn: Connection) -> None:
-    """Compute the payload of a full segment anew, after the handshake or when the path MTU has changed (RFC 9293, 3.7.1; RFC 6691)."""
+    """Compute the payload of a full segment anew, after the handshake or when the path MTU has changed (RFC 9293, 3.7.1; RFC
+    6691).
+    """
     path = conn.path
     conn.mtu = path.mtu
     mss = min(conn.peer_mss, path.mtu - (path.l4 - ETH_HLEN) - HEADER_LEN)
@@ -78,7 +80,9 @@ def _largest_payload(conn: Connection, mss: int) -> int:
 
 
 def receive_window(conn: Connection) -> int:
-    """The window in bytes that may be advertised now: what the receive limit leaves, and never less than was promised (RFC 9293, 3.8.6)."""
+    """The window in bytes that may be advertised now: what the receive limit leaves, and never less than was promised (RFC
+    9293, 3.8.6).
+    """
     promised = conn.rcv_adv - conn.rcv_nxt
     rcvbuf = conn.rcvbuf
     free = rcvbuf - conn.receive_queue.truesize
@@ -101,22 +105,30 @@ def syn_window(conn: Connection) -> int:
 
 
 def after_read(conn: Connection) -> None:
-    """The user has read: grow the receive limit if that would help, and tell the peer of the room when it matters (tcp_cleanup_rbuf)."""
+    """The user has read: grow the receive limit if that would help, and tell the peer of the room when it matters.
+
+    In a batch that waits for the flush, where one acknowledgment serves for all (tcp_cleanup_rbuf).
+    """
     _adjust_receive_limit(conn)
     if conn.state in (State.ESTABLISHED, State.FIN_WAIT1, State.FIN_WAIT2):
-        owed = conn.rcv_nxt - conn.rcv_wup
-        if conn.ack_due and owed > conn.rcv_mss:
-            send_ack(conn)
-            return
-        left = conn.rcv_adv - conn.rcv_nxt
-        if left * 2 <= conn.rcvbuf * conn.win_ratio >> 8:
-            window = receive_window(conn)
-            if window and window >= 2 * left:
+        wanted = conn.ack_due != ACK_NONE and conn.rcv_nxt - conn.rcv_wup > conn.rcv_mss
+        if not wanted:
+            left = conn.rcv_adv - conn.rcv_nxt
+            if left * 2 <= conn.rcvbuf * conn.win_ratio >> 8:
+                window = receive_window(conn)
+                wanted = window > 0 and window >= 2 * left
+        if wanted:
+            if conn.tcp.env.batching:
+                conn.ack_due = ACK_NOW
+                conn.tcp.schedule_once(conn)
+            else:
                 send_ack(conn)
 
 
 def _adjust_receive_limit(conn: Connection) -> None:
-    """Dynamic right-sizing: the receive limit follows twice what the user read in the last round trip (tcp_rcv_space_adjust)."""
+    """Dynamic right-sizing: the receive limit follows twice what the user read in the last round trip
+    (tcp_rcv_space_adjust).
+    """
     if conn.options.rcvbuf:
         return
     now = conn.tcp.env.timers.now
@@ -144,7 +156,9 @@ def _path(conn: Connection) -> Path:
 
 
 def transmit(conn: Connection, seq: int, length: int, flags: int) -> bool:
-    """Send `length` bytes of the send queue from `seq` on, with our acknowledgment and window. False when nothing could be sent."""
+    """Send `length` bytes of the send queue from `seq` on, with our acknowledgment and window. False when nothing could be
+    sent.
+    """
     try:
         path = _path(conn)
     except OSError as error:
@@ -250,7 +264,9 @@ def send_syn(conn: Connection) -> None:
         conn.rcv_wup = conn.rcv_nxt
         conn.rcv_adv = conn.rcv_nxt + window
         conn.last_ack_sent = conn.rcv_nxt
-        HEADER.pack_into(head, at, local, remote, conn.iss & MASK32, conn.rcv_nxt & MASK32, hlen << 10 | SYN | ACK, window, 0, 0)
+        HEADER.pack_into(
+            head, at, local, remote, conn.iss & MASK32, conn.rcv_nxt & MASK32, hlen << 10 | SYN | ACK, window, 0, 0
+        )
     else:
         HEADER.pack_into(head, at, local, remote, conn.iss & MASK32, 0, hlen << 10 | SYN, window, 0, 0)
     conn.tcp.env.mib.TcpOutSegs += 1
@@ -267,7 +283,9 @@ def send_reset(conn: Connection) -> None:
 
 
 def push(conn: Connection) -> None:
-    """Send everything that may be sent now: what is lost first, then new data, then the FIN; set the timer that goes with it."""
+    """Send everything that may be sent now: what is lost first, then new data, then the FIN; set the timer that goes with
+    it.
+    """
     if conn.state not in _SENDING:
         return
     if conn.path.mtu != conn.mtu:
@@ -375,7 +393,9 @@ def _worth_waiting(conn: Connection, size: int) -> bool:
 
 
 def _hold_tail(conn: Connection) -> bool:
-    """Whether a last, small segment waits: corked, or by Nagle's algorithm while another small one is out (RFC 9293, 3.7.4; Minshall)."""
+    """Whether a last, small segment waits: corked, or by Nagle's algorithm while another small one is out (RFC 9293, 3.7.4;
+    Minshall).
+    """
     options = conn.options
     return options.cork or (not options.nodelay and conn.nagle_end > conn.snd_una)
 

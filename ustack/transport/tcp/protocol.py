@@ -62,8 +62,8 @@ class Tcp:
         "_local_ports",
         "_memory_waiters",
         "_pending",
-        "_time_waits",
         "_time_wait_timer",
+        "_time_waits",
         "_woken_listeners",
         "config",
         "connections",
@@ -145,12 +145,22 @@ class Tcp:
                 self._drop_pfmemalloc()
                 return
             reason = segment_arrives(conn, segment)
+            if conn.handed:
+                self._tell_reader(conn)
         elif conn is not None:
             reason = self._in_time_wait(conn, packet, key, dport)
         else:
             reason = self._without_connection(packet, key, dport)
         if reason is not None:
             env.drops.counts[reason] += 1
+
+    def _tell_reader(self, conn: Connection) -> None:
+        """Data of this segment went straight to the user's buffer, and everything about the segment is done."""
+        size = conn.handed
+        conn.handed = 0
+        if conn.reader is not None:
+            conn.reader.took(size)
+            output.after_read(conn)
 
     def _bad_segment(self, reason: DropReason) -> None:
         self.env.mib.TcpInErrs += 1
@@ -451,7 +461,9 @@ class Tcp:
     # -- ICMP --
 
     def on_icmp_error(self, icmp_type: int, code: int, mtu: int, src: bytes, dst: bytes, quoted: bytes) -> bool:
-        """An ICMP error about a segment that we sent. Returns whether it is plausible (RFC 5927: its sequence number is outstanding)."""
+        """An ICMP error about a segment that we sent. Returns whether it is plausible (RFC 5927: its sequence number is
+        outstanding).
+        """
         local_port, remote_port = int.from_bytes(quoted[:2]), int.from_bytes(quoted[2:4])
         conn = self.connections.get(connection_key(dst, src, remote_port, local_port))
         if not isinstance(conn, Connection):
