@@ -280,11 +280,7 @@ class PageAllocator:
         Raises `DoubleFree` for the first page that is not allocated; the pages before it have been freed by then.
         """
         if self._extra:
-            shared = [pfn for pfn in pfns if pfn in self._extra]
-            if shared:
-                for pfn in shared:
-                    self.put_page(pfn)
-                pfns = [pfn for pfn in pfns if pfn not in shared]
+            pfns = self._put_shared(pfns)
         owners = self._owner
         if len(pfns) == RUN_PAGES and self._free_run(pfns[0], pfns):
             return
@@ -319,6 +315,16 @@ class PageAllocator:
         if self.under_pressure and self.free_pages >= self.high_pages:
             self.under_pressure = False
         return True
+
+    def _put_shared(self, pfns: Sequence[int]) -> list[int]:
+        """Drop one reference of those that have several, and return the others."""
+        single = []
+        for pfn in pfns:
+            if pfn in self._extra:
+                self.put_page(pfn)
+            else:
+                single.append(pfn)
+        return single
 
     # References
 
