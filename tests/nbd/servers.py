@@ -57,11 +57,11 @@ async def scripted(*script: bytes | int, then_close: bool = True) -> AsyncIterat
     server = await asyncio.start_server(follow, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
 
-    def connector(factory: ProtocolFactory) -> object:
-        return loop.create_connection(factory, host, port)
+    async def connector(factory: ProtocolFactory) -> tuple[asyncio.Transport, asyncio.BufferedProtocol]:
+        return await loop.create_connection(factory, host, port)
 
     try:
-        yield connector, heard  # type: ignore[misc]  # an awaitable, as Connector wants
+        yield connector, heard
         await asyncio.wait_for(done, 10)
     finally:
         server.close()

@@ -116,7 +116,6 @@ COMMAND_NAMES: Final[dict[int, str]] = {
 NBD_CMD_FLAG_FUA: Final = 1 << 0
 NBD_CMD_FLAG_NO_HOLE: Final = 1 << 1
 NBD_CMD_FLAG_DF: Final = 1 << 2
-NBD_CMD_FLAG_FAST_ZERO: Final = 1 << 4
 
 NBD_REPLY_FLAG_DONE: Final = 1 << 0
 NBD_REPLY_TYPE_NONE: Final = 0
