@@ -87,12 +87,13 @@ class Show:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
 
     def step(self, text: str) -> None:
         """Something begins."""
         self._remove_bar()
-        self._console.print(text)
+        self._console.print(text, soft_wrap=True)
 
     def fact(self, text: str) -> None:
         """Something was found."""
