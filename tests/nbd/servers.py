@@ -12,7 +12,7 @@ from ustack.nbd.server import NbdServer
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from ustack.nbd.client import Connector, ProtocolFactory
+    from ustack.nbd.connection import Connector, ProtocolFactory
 
 MIB = 1 << 20
 

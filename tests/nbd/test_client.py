@@ -14,6 +14,7 @@ from tests.nbd import wire
 from tests.nbd.servers import MIB, scripted, serving
 from ustack import nbd
 from ustack.nbd.client import NbdClient
+from ustack.nbd.connection import Connection
 from ustack.nbd.export import MemoryExport
 from ustack.nbd.handshake import Aborted, ExportDescribed, Purpose
 
@@ -244,6 +245,13 @@ async def test_a_server_that_falls_silent_in_the_negotiation_is_a_timeout(messag
         assert caught.value.errno == errno.ETIMEDOUT
 
 
+async def test_whoever_waits_for_the_end_hears_the_reason() -> None:
+    async with scripted(*STEPS) as (connector, _), await NbdClient.open(connector) as disk:
+        reason = await disk.wait_lost()
+        assert isinstance(reason, ConnectionResetError)
+        assert "server closed the connection" in str(reason)
+
+
 async def test_a_server_that_cannot_be_reached_is_a_timeout() -> None:
     async def nowhere(factory: object) -> tuple[Any, Any]:
         return await asyncio.Event().wait(), None
@@ -331,19 +339,19 @@ async def test_close_does_not_wait_for_ever() -> None:
 
 async def test_writes_wait_while_the_transport_has_enough() -> None:
     async with serving() as uri, nbd.connect(uri) as disk:
-        disk.pause_writing()
+        disk._connection.pause_writing()
         write = asyncio.create_task(disk.pwrite(b"late", 0))
         for _ in range(3):
             await asyncio.sleep(0)
         assert disk.requests_in_flight == 0
-        disk.resume_writing()
+        disk._connection.resume_writing()
         await write
         assert await disk.pread(4, 0) == b"late"
 
 
 async def test_close_turns_away_those_who_wait_for_the_transport() -> None:
     async with serving() as uri, nbd.connect(uri) as disk:
-        disk.pause_writing()
+        disk._connection.pause_writing()
         write = asyncio.create_task(disk.pwrite(b"too late", 0))
         await asyncio.sleep(0)
         await disk.close()
@@ -425,9 +433,9 @@ async def test_info_without_use() -> None:
     async with serving() as uri:
         port = int(uri.rpartition(":")[2])
         loop = asyncio.get_running_loop()
-        client = await NbdClient.open(lambda f: loop.create_connection(f, "127.0.0.1", port), purpose=Purpose.INFO)
-        await client.close()
-    described, aborted = client.negotiation
+        connection = await Connection.open(lambda f: loop.create_connection(f, "127.0.0.1", port), purpose=Purpose.INFO)
+        await connection.close()
+    described, aborted = connection.negotiation
     assert isinstance(described, ExportDescribed)
     assert described.info.size == 4 * MIB
     assert aborted == Aborted()

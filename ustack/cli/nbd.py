@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from ustack.nbd import ExportEntry, ExportInfo, NbdUri
-    from ustack.nbd.client import CreateConnection
+    from ustack.nbd.connection import CreateConnection
     from ustack.nbd.copy import CopyResult, Disk
 
 SCHEMES: Final = ("nbd:", "nbds:", "nbd+unix:", "nbds+unix:")

@@ -32,25 +32,17 @@ HEARTBEAT: Final = 10.0
 log = logging.getLogger("ustack")
 
 
-class _Client(NbdClient):
-    """A client that says when its connection is gone: `lost` becomes the reason."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.lost: asyncio.Future[OSError] = self._loop.create_future()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        if not self.lost.done():
-            self.lost.set_result(self._error())
-
-    async def wait_lost(self) -> OSError:
-        """Wait until the connection is gone, and return why."""
-        while not self.lost.done():
-            await asyncio.wait([self.lost], timeout=HEARTBEAT)
+async def _wait_lost(disk: NbdClient) -> OSError:
+    """Wait until the connection of `disk` is gone, and return why."""
+    lost = asyncio.ensure_future(disk.wait_lost())
+    try:
+        while not lost.done():
+            await asyncio.wait([lost], timeout=HEARTBEAT)
             with contextlib.suppress(OSError):  # a block that cannot be read is no lost connection
-                await self.pread(min(self.minimum_block, self.size), 0)
-        return self.lost.result()
+                await disk.pread(min(disk.minimum_block, disk.size), 0)
+        return lost.result()
+    finally:
+        lost.cancel()
 
 
 class Attachment:
@@ -63,7 +55,7 @@ class Attachment:
         self.config = config
         self.state = "connecting"
         self.error = ""
-        self.client: _Client | None = None
+        self.client: NbdClient | None = None
         self._stack = stack
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
@@ -99,7 +91,7 @@ class Attachment:
         backoff = BACKOFF_FIRST
         while True:
             try:
-                self.client = await _Client.open(connector, uri.export, queue_depth=self.config.requests)
+                self.client = await NbdClient.open(connector, uri.export, queue_depth=self.config.requests)
             except OSError as error:
                 self._enter(self.state, str(error.strerror or error))
                 log.warning("nbd %s: %s; trying again in %g s", self.config.name, self.error, backoff)
@@ -110,7 +102,7 @@ class Attachment:
             self._enter("attached")
             log.info("nbd %s: attached, %d bytes", self.config.name, self.client.size)
             try:
-                reason = await self.client.wait_lost()
+                reason = await _wait_lost(self.client)
             finally:
                 client, self.client = self.client, None
                 await client.close()

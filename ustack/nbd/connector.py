@@ -8,7 +8,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
-from ustack.nbd.client import CONNECT_TIMEOUT, ClientOptions, Connector, CreateConnection, NbdClient, ProtocolFactory
+from ustack.nbd.client import NbdClient
+from ustack.nbd.connection import (
+    CONNECT_TIMEOUT,
+    Connection,
+    ConnectionOptions,
+    Connector,
+    CreateConnection,
+    ProtocolFactory,
+)
 from ustack.nbd.handshake import ExportDescribed, ExportListed, Purpose
 from ustack.nbd.uri import NbdUri
 
@@ -54,7 +62,7 @@ async def connect(
     *,
     create_connection: CreateConnection | None = None,
     connect_timeout: float | None = CONNECT_TIMEOUT,
-    **options: Unpack[ClientOptions],
+    **options: Unpack[ConnectionOptions],
 ) -> AsyncIterator[NbdClient]:
     """The export at `uri` as a disk, for `async with`. `options` are those of `NbdClient.open`, and so are the errors; a
     malformed URI is a ValueError."""
@@ -70,12 +78,12 @@ async def list_exports(
 ) -> list[ExportEntry]:
     """What the server at `uri` exports (NBD_OPT_LIST, then NBD_OPT_INFO for each). Raises like `connect`."""
     parsed = NbdUri.parse(uri) if isinstance(uri, str) else uri
-    client = await NbdClient.open(
+    connection = await Connection.open(
         connector_for(parsed, create_connection), purpose=Purpose.LIST, connect_timeout=connect_timeout
     )
-    await client.close()
+    await connection.close()
     entries: dict[str, ExportEntry] = {}
-    for event in client.negotiation:
+    for event in connection.negotiation:
         if isinstance(event, ExportListed):
             entries[event.name] = ExportEntry(event.name, event.description, None)
         elif isinstance(event, ExportDescribed):
