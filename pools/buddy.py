@@ -229,7 +229,7 @@ class PageAllocator:
         """
         if self._leaves_enough(order):
             return True
-        if not (self._singles or self._runs):
+        if self.free_pages - (1 << order) < self.min_pages or not (self._singles or self._runs):
             return False
         self._merge_all()  # what waits unmerged counts as what it was freed as, and may really be more
         return self._leaves_enough(order)

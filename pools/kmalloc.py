@@ -41,12 +41,12 @@ class KmallocPool(Pool):
         self._slab_of = slab_map.slab
         general: list[KmemCache] = []
         for size in SIZES:
-            cache = KmemCache(pages, slab_map, f"size-{size}", size, lanes=lanes, general=tuple(general), shrink=self.reap)
+            cache = KmemCache(pages, slab_map, f"size-{size}", size, lanes=lanes, general=tuple(general), shrink=self._shrink)
             if 1 << cache.order > pages.pages:
                 break
             general.append(cache)
         self._heads = KmemCache(
-            pages, slab_map, "skbuff_head_cache", SKB_HEAD_SIZE, lanes=lanes, general=tuple(general), shrink=self.reap
+            pages, slab_map, "skbuff_head_cache", SKB_HEAD_SIZE, lanes=lanes, general=tuple(general), shrink=self._shrink
         )
         self._caches = (*general, self._heads)
         self._by_granules: list[KmemCache] = [general[0]]  # by size in granules, rounded up
@@ -124,11 +124,19 @@ class KmallocPool(Pool):
 
     def reap(self) -> int:
         """Empty the arrays of all caches and give back all free slabs."""
-        # Largest objects first: destroying their slabs frees bookkeeping that lives in the caches of small objects.
         before = self.pages.free_pages
-        for cache in reversed(self._caches):
-            cache.reap()
+        self._shrink()
         return self.pages.free_pages - before
+
+    def _shrink(self) -> int:
+        """Reap; returns how many caches had anything to reap, which may have been objects and no pages."""
+        reaped = 0
+        # Largest objects first: destroying their slabs frees bookkeeping that lives in the caches of small objects.
+        for cache in reversed(self._caches):
+            if cache.dirty:
+                cache.reap()
+                reaped += 1
+        return reaped
 
     def reap_tick(self, now: float) -> int:
         """Reap what the kernel's periodic reaper would at `now` (seconds), if it is due; returns the pages given back."""

@@ -113,8 +113,8 @@ class KmemCache:
     """A cache of objects of `size` bytes, rounded up to the alignment: a cache line, or 32 bytes for objects that small.
 
     `lanes` is the number of lanes. `general` are the caches that off-slab bookkeeping may come from, smallest first.
-    `shrink` is called when there are no pages, before the reserve is used or the allocation fails; it returns the pages it
-    set free.
+    `shrink` is called when there are no pages, before the reserve is used or the allocation fails; it returns 0 if it found
+    nothing to set free. `dirty` is false while arrays and free slabs are empty for certain: reaping would do nothing.
     """
 
     __slots__ = (
@@ -134,6 +134,7 @@ class KmemCache:
         "arrays",
         "batchcount",
         "colour",
+        "dirty",
         "free_limit",
         "free_objects",
         "free_touched",
@@ -178,6 +179,7 @@ class KmemCache:
         self.free_limit = (1 + lanes) * self.batchcount + self.num
         self.free_objects = 0
         self.free_touched = False
+        self.dirty = False
         self._next_array_reap = ARRAY_PERIOD
         self._next_slab_reap = SLAB_PERIOD
         # OrderedDict is the doubly linked list here: constant time at both ends and for removal from the middle.
@@ -252,13 +254,12 @@ class KmemCache:
         entry = array.entry
         if len(entry) >= array.limit:
             self._flush(array)
-        array.touched = True
+        self.dirty = True
         entry.append(addr)
 
     def _alloc_slow(self, gfp: int, array: ArrayCache) -> int:
         found = self._refill(array)
-        if not found and self._shrink is not None:
-            self._shrink()  # may also have emptied the arrays of other lanes into our slabs: try again whatever it returns
+        if not found and self._shrink is not None and self._shrink():
             found = self._refill(array)
         if found:
             self.pfmemalloc = False
@@ -271,6 +272,7 @@ class KmemCache:
         if not array.touched and batch > COLD_BATCH:
             batch = COLD_BATCH
         array.touched = True
+        self.dirty = True
         entry = array.entry
         shared = self.shared.entry
         if shared:
@@ -392,6 +394,7 @@ class KmemCache:
             if grown is None:
                 return NULL
             if not grown.pfmemalloc:
+                self.dirty = True
                 self._move(grown, array.entry, array.batchcount)
                 self.pfmemalloc = False
                 return array.entry.pop()
@@ -418,6 +421,9 @@ class KmemCache:
 
     def reap(self) -> int:
         """Empty all arrays and give back every free slab. Returns the pages given back."""
+        if not self.dirty:
+            return 0
+        self.dirty = False
         for array in self.arrays:
             if array.entry:
                 self._drain(array, len(array.entry))
@@ -527,6 +533,7 @@ class KmemCache:
             assert not self._live[addr >> GRANULE_SHIFT]
         for array in self.arrays:
             assert len(array.entry) <= array.limit
+        assert self.dirty or not (parked or self._free), f"{self.name}: reaping would miss something"
 
 
 def _management_size(num: int, align: int) -> int:
