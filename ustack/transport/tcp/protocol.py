@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 EPHEMERAL: Final = range(32768, 61000)
 """Ports for connections that were not bound (ip_local_port_range)."""
 
+MEMORY_RETRY: Final = 0.05
+"""Seconds between looks for free pages while somebody waits for them."""
+
 _UNREACHABLE_ERRNO: Final = {
     0: errno.ENETUNREACH,
     1: errno.EHOSTUNREACH,
@@ -60,6 +63,7 @@ class Tcp:
         "_challenge_second",
         "_challenges",
         "_local_ports",
+        "_memory_timer",
         "_memory_waiters",
         "_pending",
         "_time_wait_timer",
@@ -92,7 +96,8 @@ class Tcp:
         self.mem_max = config.mem_max or env.memory.arena.size // 4 * 3
         self._pending: list[Connection] = []
         self._woken_listeners: list[Listener] = []
-        self._memory_waiters: set[Connection] = set()
+        self._memory_waiters: dict[Connection, None] = {}
+        self._memory_timer = Timer(self._wake_memory_waiters)
         self._local_ports: dict[int, int] = {}  # how many connections use each local port
         self._time_waits: deque[tuple[float, TimeWait]] = deque()
         self._time_wait_timer = Timer(self._expire_time_waits)
@@ -342,8 +347,10 @@ class Tcp:
         self._woken_listeners.append(listener)
 
     def wait_for_memory(self, conn: Connection) -> None:
-        """Tell `conn` when there are pages again."""
-        self._memory_waiters.add(conn)
+        """Tell `conn` when there are pages again. Nobody says when that is, so it is looked for (sk_stream_wait_memory's vm_wait)."""
+        self._memory_waiters[conn] = None
+        if not self._memory_timer.pending:
+            self.env.timers.set(self._memory_timer, self.env.timers.now + MEMORY_RETRY)
 
     def flush(self) -> None:
         """End a batch: wake the users of everything that changed, then send what each connection owes."""
@@ -369,10 +376,12 @@ class Tcp:
         pages = self.env.memory.pages
         if pages.free_pages > pages.min_pages and not self.over_limit:
             waiters = self._memory_waiters
-            self._memory_waiters = set()
+            self._memory_waiters = {}
             for conn in waiters:
                 conn.write_blocked = False
                 conn.notify(WRITABLE)
+        elif not self._memory_timer.pending:
+            self.env.timers.set(self._memory_timer, self.env.timers.now + MEMORY_RETRY)
 
     # -- ending --
 
@@ -393,7 +402,7 @@ class Tcp:
         conn.receive_queue.prune_out_of_order()
         if conn.orphan:
             conn.receive_queue.clear()
-        self._memory_waiters.discard(conn)
+        self._memory_waiters.pop(conn, None)
 
     def _remove(self, key: bytes) -> None:
         del self.connections[key]
@@ -456,6 +465,7 @@ class Tcp:
         self._local_ports.clear()
         self._time_waits.clear()
         self._time_wait_timer.cancel()
+        self._memory_timer.cancel()
         self._pending.clear()
 
     # -- ICMP --
