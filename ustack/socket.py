@@ -92,6 +92,17 @@ class Socket:
         "type",
     )
 
+    host: Host
+    """The stack that the socket belongs to."""
+    family: int
+    type: int
+    options: SocketOptions
+    """What `setsockopt` has set."""
+    stream: Connection | None
+    """The TCP connection, once there is one."""
+    datagram: UdpSocket | None
+    """The UDP socket of a SOCK_DGRAM."""
+
     def __init__(self, host: Host, family: int, type: int) -> None:
         if family != names.AF_INET:
             raise _error(errno.EAFNOSUPPORT)
@@ -102,9 +113,9 @@ class Socket:
         self.host = host
         self.options = SocketOptions()
         self._bound: tuple[bytes | None, int] | None = None
-        self.stream: Connection | None = None
+        self.stream = None
         self._listener: Listener | None = None
-        self.datagram: UdpSocket | None = None
+        self.datagram = None
         self._closed = False
         self._readers: deque[asyncio.Future[None]] = deque()
         self._writers: deque[asyncio.Future[None]] = deque()
