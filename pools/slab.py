@@ -272,7 +272,6 @@ class KmemCache:
         if not array.touched and batch > COLD_BATCH:
             batch = COLD_BATCH
         array.touched = True
-        self.dirty = True
         entry = array.entry
         shared = self.shared.entry
         if shared:
@@ -303,6 +302,7 @@ class KmemCache:
         taken.reverse()
         del free[-count:]
         entry.extend(taken)
+        self.dirty = True
         self.free_objects -= len(taken)
         if free:
             self._partial[slab] = None
@@ -394,7 +394,6 @@ class KmemCache:
             if grown is None:
                 return NULL
             if not grown.pfmemalloc:
-                self.dirty = True
                 self._move(grown, array.entry, array.batchcount)
                 self.pfmemalloc = False
                 return array.entry.pop()
