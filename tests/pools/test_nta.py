@@ -284,24 +284,27 @@ def test_as_posted_the_first_version_takes_16_mib_for_each_lane_at_once() -> Non
 
 
 def test_sizes_without_a_common_factor_leave_five_percent_between_them() -> None:
-    """The counter-test that Zijlstra proposed and nobody ran: 19, 37 and 79 grains, one packet freed whenever there is no room."""
+    """The counter-test that Zijlstra proposed and nobody ran: packets of 19, 37 and 79 grains in equal shares.
+
+    When there is no room for one, others are freed at random until there is. (If the request is dropped instead, the pool looks
+    fuller, and in the end it is full of small packets: the large ones never get in again.)
+    """
     random = Random(2006)
     pool = new_pool(V2._replace(initial_regions=64, grows=False), pages=1024)
-    total = pool.held_pages() // 8 * 8 * PAGE_SIZE
     live: list[tuple[int, int]] = []
-    full = []
-    while len(full) < 4000:
+    full: list[float] = []
+    while len(full) < 3000:
         size = random.choice((19, 37, 79)) * 64
         addr = pool.alloc(size, ATOMIC)
-        if addr != NULL:
-            live.append((addr, size))
-            continue
-        full.append(pool.stats.charged / total)
-        place = random.randrange(len(live))
-        live[place], live[-1] = live[-1], live[place]
-        pool.free(*live.pop())
-    settled = full[2000:]
-    assert 0.94 < sum(settled) / len(settled) < 0.96
-    assert min(settled) > 0.89
+        if addr == NULL:
+            full.append(pool.stats.charged / (64 * 32768))
+        while addr == NULL:
+            place = random.randrange(len(live))
+            live[place], live[-1] = live[-1], live[place]
+            pool.free(*live.pop())
+            addr = pool.alloc(size, ATOMIC)
+        live.append((addr, size))
+    assert 0.94 < sum(full) / len(full) < 0.96
+    assert min(full) > 0.85
     for addr, size in live:
         pool.free(addr, size)
