@@ -96,6 +96,10 @@ class Pool(ABC):
         """Pages that the pool holds now, cached free objects included."""
 
     @abstractmethod
+    def largest_free_run(self) -> int:
+        """Bytes of the largest piece that lies free in the pages that the pool holds already, whoever may use it."""
+
+    @abstractmethod
     def check(self) -> None:
         """Verify every invariant of the pool's bookkeeping; raise `AssertionError` on the first that fails. Slow: for tests."""
 

@@ -149,6 +149,10 @@ class KmallocPool(Pool):
         """Pages of all slabs."""
         return sum(cache.held_pages() for cache in self._caches)
 
+    def largest_free_run(self) -> int:
+        """The size of the largest free object, be it in a slab or in an array."""
+        return max((cache.size for cache in self._caches if cache.has_free()), default=0)
+
     def caches(self) -> tuple[KmemCache, ...]:
         """All caches: the general ones by ascending size, then the one of the heads."""
         return self._caches

@@ -250,9 +250,9 @@ class NtaPool(Pool):
         """Bytes that were freed in another lane than their own, and that their owner has not taken back yet."""
         return sum(grains for lane in self._lanes for _, grains in lane.parked) << self._grain_shift
 
-    def largest_free(self, cpu: int = 0) -> int:
-        """Bytes of the largest free chunk of the lane `cpu`."""
-        return max(0, self._lanes[cpu].nonempty.bit_length() - 1) << self._grain_shift
+    def largest_free_run(self) -> int:
+        """The size of the largest free chunk of any lane."""
+        return max(0, *(lane.nonempty.bit_length() - 1 for lane in (*self._lanes, self._reserve))) << self._grain_shift
 
     # Chunks
 

@@ -155,6 +155,12 @@ class PageFragPool(Pool):
         """Pages of all blocks and of the heads."""
         return self._held + self._heads.held_pages()
 
+    def largest_free_run(self) -> int:
+        """What is left of the emptiest current block: all of it, if it has no fragments and can be used from the top again."""
+        blocks = [block for block in (*self._current, self._reserve) if block is not None]
+        rest = max((block.top if block.fragments else PAGE_SIZE << block.order for block in blocks), default=0)
+        return max(rest, self._heads.size if self._heads.has_free() else 0)
+
     def _refill(self, need: int, gfp: int, cpu: int) -> Block | None:
         """A block with room for `need` bytes: that of the lane from the top again, a new one, or one of the reserve."""
         block = self._current[cpu]

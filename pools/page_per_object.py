@@ -74,6 +74,10 @@ class PagePerObjectPool(Pool):
         """Pages of all live objects."""
         return self._held
 
+    def largest_free_run(self) -> int:
+        """Nothing is ever kept."""
+        return 0
+
     def _alloc(self, size: int, order: int, gfp: int, kind: int) -> int:
         pages = self.pages
         stats = self.stats

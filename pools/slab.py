@@ -483,6 +483,12 @@ class KmemCache:
         """Pages held now."""
         return self.slabs << self.order
 
+    def has_free(self) -> bool:
+        """Whether there is a free object, in a slab or in an array."""
+        return bool(
+            self._partial or self._free or self._reserve_partial or self.shared.entry or any(a.entry for a in self.arrays)
+        )
+
     def live_objects(self) -> int:
         """Objects that callers have. The kernel cannot tell these from the objects in the arrays; slabinfo counts both."""
         parked = len(self.shared.entry) + sum(len(array.entry) for array in self.arrays)

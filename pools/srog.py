@@ -248,6 +248,11 @@ class SrogPool(Pool):
         """Pages of all blocks, and those of kmalloc in the role `fallback`."""
         return self._held + (self._kmalloc.held_pages() if self._kmalloc is not None else 0)
 
+    def largest_free_run(self) -> int:
+        """The largest free piece in the block of any group; in the role `fallback`, also the largest free object of kmalloc."""
+        pieces = max((size for block in self._block_of if block is not None for _, size in block.free), default=0)
+        return pieces if self._kmalloc is None else max(pieces, self._kmalloc.largest_free_run())
+
     def group_pages(self, addr: int) -> int:
         """Pages of the group of a live object."""
         block = self._block_of[addr >> PAGE_SHIFT]

@@ -194,6 +194,8 @@ class Ledger:
         assert stats.charged_peak >= stats.charged
         used = self.pages.pages - self.pages.free_pages - len(self.hogged)
         held = self.pool.held_pages()
+        run = self.pool.largest_free_run()
+        assert 0 <= run <= held << PAGE_SHIFT, f"a free run of {run} bytes on {held} pages"
         assert held == used, f"{held} pages held by the pool's account, {used} by the page allocator's"
 
     def check_deeply(self) -> None:

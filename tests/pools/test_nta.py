@@ -83,7 +83,7 @@ def test_neighbours_merge_in_whatever_order_they_are_freed(order: tuple[int, ...
     live = [pool.alloc(700, ATOMIC) for _ in range(3)]
     for place in order:
         pool.free(live[place], 700)
-    assert pool.largest_free() == 8 * PAGE_SIZE
+    assert pool.largest_free_run() == 8 * PAGE_SIZE
 
 
 def test_merging_ends_at_the_border_of_a_region() -> None:
@@ -91,7 +91,7 @@ def test_merging_ends_at_the_border_of_a_region() -> None:
     live = [pool.alloc(32768, ATOMIC) for _ in range(2)]
     for addr in live:
         pool.free(addr, 32768)
-    assert pool.largest_free() == 32768
+    assert pool.largest_free_run() == 32768
 
 
 @pytest.mark.parametrize(("version", "jumbos", "used"), [(V1, 1, 57), (V2, 3, 86)])
@@ -99,7 +99,7 @@ def test_how_much_of_a_region_jumbo_frames_fill(version: Version, jumbos: int, u
     region = PAGE_SIZE << version.region_order
     pool = new_pool(version._replace(initial_regions=1))
     live = [pool.alloc(9018 + 320, ATOMIC) for _ in range(jumbos)]
-    assert pool.largest_free() < 9018 + 320
+    assert pool.largest_free_run() < 9018 + 320
     assert round(100 * pool.stats.charged / region) == used
     for addr in live:
         pool.free(addr, 9018 + 320)
