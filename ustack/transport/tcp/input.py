@@ -259,6 +259,8 @@ def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropRe
             conn.tcp.reset_stray(conn)
             return DropReason.TCP_INVALID_ACK
         conn.snd_una = una = ack
+        if segment.flags & SYN:
+            segment.window >>= max(conn.snd_wscale, 0)  # the window of a SYN is not scaled (RFC 7323, section 2.2): undo below
         conn.snd_wnd = segment.window << max(conn.snd_wscale, 0)
         conn.max_window = max(conn.max_window, conn.snd_wnd)
         conn.snd_wl1 = seq
