@@ -356,7 +356,7 @@ class Connection:
             self.notify(READABLE)
 
     def _send_fin(self) -> None:
-        if self.state in SENDS_FIN:
+        if self.state in SENDS_FIN:  # in SYN-RECEIVED it waits until the peer has our SYN (RFC 9293, section 3.10.4)
             self.enter(SENDS_FIN[self.state])
             output.push(self)
 

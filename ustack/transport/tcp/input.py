@@ -245,6 +245,8 @@ def _established(conn: Connection) -> None:
         conn.sndbuf = max(conn.sndbuf, 4 * conn.cc.cwnd)
     if conn.listener is not None:
         conn.listener.on_established(conn)
+    elif conn.shutdown_mask & SHUT_WR:
+        conn.enter(State.FIN_WAIT1)  # the user has shut down meanwhile
     conn.notify(WRITABLE)
 
 

@@ -30,7 +30,7 @@ FOLLOWERS: Final[dict[State, frozenset[State]]] = {
     State.CLOSE: frozenset({State.SYN_SENT, State.SYN_RECV, State.LISTEN}),
     State.LISTEN: frozenset({State.CLOSE}),
     State.SYN_SENT: frozenset({State.ESTABLISHED, State.SYN_RECV, State.CLOSE}),
-    State.SYN_RECV: frozenset({State.ESTABLISHED, State.FIN_WAIT1, State.CLOSE_WAIT, State.CLOSE}),
+    State.SYN_RECV: frozenset({State.ESTABLISHED, State.CLOSE}),
     State.ESTABLISHED: frozenset({State.FIN_WAIT1, State.CLOSE_WAIT, State.CLOSE}),
     State.FIN_WAIT1: frozenset({State.FIN_WAIT2, State.CLOSING, State.TIME_WAIT, State.CLOSE}),
     State.FIN_WAIT2: frozenset({State.TIME_WAIT, State.CLOSE}),
@@ -47,11 +47,10 @@ CAN_SEND: Final = frozenset({State.ESTABLISHED, State.CLOSE_WAIT})
 CAN_RECEIVE: Final = frozenset({State.ESTABLISHED, State.FIN_WAIT1, State.FIN_WAIT2})
 """States in which the peer may still send data."""
 
-SENDS_FIN: Final = {State.SYN_RECV: State.FIN_WAIT1, State.ESTABLISHED: State.FIN_WAIT1, State.CLOSE_WAIT: State.LAST_ACK}
+SENDS_FIN: Final = {State.ESTABLISHED: State.FIN_WAIT1, State.CLOSE_WAIT: State.LAST_ACK}
 """The state that follows when our side is closed."""
 
 RECEIVES_FIN: Final = {
-    State.SYN_RECV: State.CLOSE_WAIT,
     State.ESTABLISHED: State.CLOSE_WAIT,
     State.FIN_WAIT1: State.CLOSING,
     State.FIN_WAIT2: State.TIME_WAIT,
