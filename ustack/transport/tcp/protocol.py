@@ -16,7 +16,7 @@ from ustack.transport.tcp.connection import Connection
 from ustack.transport.tcp.input import ArrivingSegment, segment_arrives, unwrap
 from ustack.transport.tcp.isn import IsnGenerator
 from ustack.transport.tcp.listener import Listener
-from ustack.transport.tcp.output import ACK_NOW, IPPROTO_TCP, MASK32
+from ustack.transport.tcp.output import ACK_NONE, ACK_NOW, IPPROTO_TCP, MASK32
 from ustack.transport.tcp.states import State
 from ustack.transport.tcp.timewait import TimeWait
 from ustack.wire.checksum import finish, ones_sum_views, pseudo_v4
@@ -416,7 +416,8 @@ class Tcp:
     def enter_time_wait(self, conn: Connection) -> None:
         """Both FINs are acknowledged: a small record takes the place of the connection."""
         conn.enter(State.TIME_WAIT)
-        output.send_ack(conn)
+        if conn.ack_due != ACK_NONE:
+            output.send_ack(conn)
         now = self.env.timers.now
         key = conn.key
         conn.fail(0)
