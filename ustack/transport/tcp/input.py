@@ -400,7 +400,7 @@ def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int
         fin = False
     if conn.fin_seq >= 0 and end > conn.fin_seq:
         end = conn.fin_seq
-    if fin and conn.fin_seq < 0:
+    if fin and conn.fin_seq < 0 and end >= rcv_nxt:
         conn.fin_seq = end
     queue = conn.receive_queue
     if seq > rcv_nxt:
