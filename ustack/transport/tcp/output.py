@@ -366,7 +366,7 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
                     break
         flags = ACK
         fin = fin_wanted and size == unsent and usable > size
-        if size == unsent:
+        if size and size == unsent:
             flags |= PSH
         if fin:
             flags |= FIN
@@ -422,6 +422,7 @@ def _retransmit_lost(conn: Connection) -> None:
         inflight.on_retransmit(index, now)
         in_flight += size
         env.mib.TcpRetransSegs += 1
-        transmit(conn, segment.seq, size, ACK | PSH | (FIN if segment.fin else 0))
+        flags = ACK | PSH if size and segment.seq + size == conn.send_queue.end else ACK
+        transmit(conn, segment.seq, size, flags | FIN if segment.fin else flags)
     if inflight.segments and not conn.retransmit_timer.pending:
         env.timers.set(conn.retransmit_timer, now + conn.rtt.rto)
