@@ -56,8 +56,8 @@ class TimeWait:
         options = segment.options
         if self.ts_ok and options is not None and options.ts_val >= 0:
             age = (options.ts_val - self.ts_recent) & MASK32
-            if 0 < age < HALF:
-                return True
+            if age:
+                return age < HALF
         return unwrap(segment.seq, self.rcv_nxt) > self.rcv_nxt
 
     def segment_arrives(self, segment: ArrivingSegment) -> DropReason | None:
