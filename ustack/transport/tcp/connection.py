@@ -124,7 +124,7 @@ class Connection:
         "write_blocked",
     )
 
-    def __init__(self, tcp: Tcp, path: Path, key: bytes, options: SocketOptions) -> None:
+    def __init__(self, tcp: Tcp, path: Path, key: bytes, options: SocketOptions, iss: int) -> None:
         env = tcp.env
         config = tcp.config
         now = env.timers.now
@@ -144,7 +144,7 @@ class Connection:
         self.pending = False
         self.write_blocked = False
 
-        self.iss = tcp.isn.isn(key, now)
+        self.iss = iss
         self.snd_una = self.iss
         self.snd_nxt = self.iss
         self.snd_wnd = 0

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 EPHEMERAL: Final = range(32768, 61000)
 """Ports for connections that were not bound (ip_local_port_range)."""
 
+WINDOW_MAX: Final = 0xFFFF << WSCALE_MAX
+"""Bytes of the largest window: what an old segment of a connection lies at most beyond its SND.NXT."""
+
 MEMORY_RETRY: Final = 0.05
 """Seconds between looks for free pages while somebody waits for them."""
 
@@ -180,13 +183,13 @@ class Tcp:
         segment = self.segment
         if old.may_be_reused_by(segment) and self._listener(packet.dst, dport) is not None:
             self._end_time_wait(old)
-            return self._without_connection(packet, key, dport)
+            return self._without_connection(packet, key, dport, old.snd_nxt)
         return old.segment_arrives(segment)
 
     def _listener(self, address: bytes, port: int) -> Listener | None:
         return self.listeners.get((address, port)) or self.listeners.get((None, port))
 
-    def _without_connection(self, packet: IpPacket, key: bytes, dport: int) -> DropReason | None:
+    def _without_connection(self, packet: IpPacket, key: bytes, dport: int, used: int = -1) -> DropReason | None:
         """LISTEN and CLOSED (RFC 9293, sections 3.10.7.1 and 3.10.7.2)."""
         segment = self.segment
         flags = segment.flags
@@ -211,12 +214,16 @@ class Tcp:
             path = self.ip.path(packet.src, packet.dst)
         except OSError:
             return DropReason.IP_OUTNOROUTES
-        conn = self._new(path, key, listener.options.copy())
+        conn = self._new(path, key, listener.options.copy(), used)
         listener.on_syn(conn)
         return None
 
-    def _new(self, path: Path, key: bytes, options: SocketOptions) -> Connection:
-        conn = Connection(self, path, key, options)
+    def _new(self, path: Path, key: bytes, options: SocketOptions, used: int = -1) -> Connection:
+        """A connection; `used`, unless -1, is SND.NXT of the one before it, which it starts beyond (RFC 9293, section 3.6.1)."""
+        iss = self.isn.isn(key, self.env.timers.now)
+        if used >= 0 and unwrap(iss, used) <= used:
+            iss = (used + WINDOW_MAX) & MASK32
+        conn = Connection(self, path, key, options, iss)
         if self.config.window_scaling:
             largest = options.rcvbuf or self.config.rmem_max
             while conn.rcv_wscale < WSCALE_MAX and 0xFFFF << conn.rcv_wscale < largest:
@@ -273,16 +280,18 @@ class Tcp:
 
         Raises OSError: EADDRNOTAVAIL when no port is free, EADDRINUSE when the connection exists.
         """
+        used = -1
         if local_port:
             key = connection_key(path.dst, path.src, remote_port, local_port)
             old = self.connections.get(key)
             if isinstance(old, TimeWait) and old.ts_ok:
                 self._end_time_wait(old)  # its successor's timestamps are newer (RFC 6191)
+                used = old.snd_nxt
             elif old is not None:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         else:
             key = self._choose_key(path, remote_port)
-        conn = self._new(path, key, options)
+        conn = self._new(path, key, options, used)
         conn.snd_nxt = conn.iss + 1
         conn.enter(State.SYN_SENT)
         self.env.mib.TcpActiveOpens += 1
