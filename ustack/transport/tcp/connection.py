@@ -315,7 +315,7 @@ class Connection:
         return b""
 
     def recv_into(self, target: memoryview, *, peek: bool = False) -> int:
-        """Like `recv`, into a writable view of bytes; returns how many, 0 at the end of the stream. `peek` leaves them there."""
+        """Like `recv`, into a writable view of bytes; returns how many; 0 at the end of the stream. `peek` leaves them."""
         queue = self.receive_queue
         if queue.queue and target:
             done = queue.read_into(target, peek=peek)

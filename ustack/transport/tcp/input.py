@@ -384,7 +384,6 @@ def _fin_acked(conn: Connection) -> None:
 
 
 def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int) -> DropReason | None:
-    env = conn.tcp.env
     fin = bool(segment.flags & FIN)
     if conn.state not in CAN_RECEIVE:
         _duplicate_ack(conn)

@@ -127,7 +127,7 @@ class Tcp:
             self._bad_segment(DropReason.PKT_TOO_SMALL)
             return
         head = frame.head
-        sport, dport, seq, ack, off_flags, window, _, _ = HEADER.unpack_from(head, l4)
+        _, dport, seq, ack, off_flags, window, _, _ = HEADER.unpack_from(head, l4)
         hlen = off_flags >> 10 & 0x3C
         if hlen < HEADER_LEN or hlen > l4_len:
             self._bad_segment(DropReason.TCP_HDR)
@@ -219,7 +219,7 @@ class Tcp:
         return None
 
     def _new(self, path: Path, key: bytes, options: SocketOptions, used: int = -1) -> Connection:
-        """A connection; `used`, unless -1, is SND.NXT of the one before it, which it starts beyond (RFC 9293, section 3.6.1)."""
+        """A connection; `used`, unless -1, is SND.NXT of the one before, which it starts beyond (RFC 9293, section 3.6.1)."""
         iss = self.isn.isn(key, self.env.timers.now)
         if used >= 0 and unwrap(iss, used) <= used:
             iss = (used + WINDOW_MAX) & MASK32
@@ -356,7 +356,7 @@ class Tcp:
         self._woken_listeners.append(listener)
 
     def wait_for_memory(self, conn: Connection) -> None:
-        """Tell `conn` when there are pages again. Nobody says when that is, so it is looked for (sk_stream_wait_memory's vm_wait)."""
+        """Tell `conn` when there are pages again. Nobody says when, so it is looked for (vm_wait of sk_stream_wait_memory)."""
         self._memory_waiters[conn] = None
         if not self._memory_timer.pending:
             self.env.timers.set(self._memory_timer, self.env.timers.now + MEMORY_RETRY)
