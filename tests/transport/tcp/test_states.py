@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.transport.tcp.peer import Peer
 from ustack.transport.events import SHUT_RD
 from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.tcp.states import FIN_ACKED, FOLLOWERS, RECEIVES_FIN, SENDS_FIN, State
@@ -16,7 +15,7 @@ from ustack.wire.tcp import ACK, FIN, PSH, RST, SYN
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.transport.tcp.peer import User
+    from tests.transport.tcp.peer import Peer, User
 
 
 def test_every_transition_that_is_made_is_one_that_may_be_made() -> None:
