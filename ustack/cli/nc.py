@@ -34,8 +34,8 @@ DATAGRAM_MAX: Final = 16 << 10
 def nc(where: tuple[str, ...], listen: bool, udp: bool, timeout: float | None, control: str) -> None:
     """Connect standard input and output to a TCP or UDP peer over the daemon's stack.
 
-    The end of standard input is sent as a FIN and leaves the other direction open. It is over when both directions are;
-    after -l when the peer has ended. Exit code: 0, or 1 for an error.
+    The end of standard input is sent as a FIN and leaves the other direction open. It is over when both directions are,
+    or at a terminal when the peer has ended. Exit code: 0, or 1 for an error.
     """
     host, port = _parse(where, listen)
     try:
@@ -48,7 +48,7 @@ def nc(where: tuple[str, ...], listen: bool, udp: bool, timeout: float | None, c
             else:
                 daemon.call("connect", host=host, port=port, udp=udp)
             daemon.socket.settimeout(None)
-            _Relay(daemon.socket, udp=udp, until_peer_ends=listen, timeout=timeout).run()
+            _Relay(daemon.socket, udp=udp, timeout=timeout).run()
     except OSError as error:
         if isinstance(error, TimeoutError) and error.errno is None:  # ours, not the connection's
             raise click.ClickException(f"nothing happened for {timeout:g} s") from None
@@ -70,10 +70,9 @@ def _parse(where: tuple[str, ...], listen: bool) -> tuple[str | None, int]:
 class _Relay:
     """Moves bytes between the control socket, which has become the connection, and standard input and output."""
 
-    def __init__(self, sock: socket.socket, *, udp: bool, until_peer_ends: bool, timeout: float | None) -> None:
+    def __init__(self, sock: socket.socket, *, udp: bool, timeout: float | None) -> None:
         self._sock = sock
         self._udp = udp
-        self._until_peer_ends = until_peer_ends
         self._timeout = timeout
         self._poll = select.poll()
         self._sources: dict[int, Callable[[], bool]] = {STDIN: self._send, sock.fileno(): self._receive}
@@ -83,19 +82,18 @@ class _Relay:
         """Until both directions have ended. Raises TimeoutError (for a stream) after the timeout without anything; OSError."""
         for fd in self._sources:
             self._poll.register(fd, select.POLLIN)
-        peer_ended = False
         while self._sources:
-            patience = 0.0 if peer_ended and self._until_peer_ends else self._timeout
-            ready = self._poll.poll(None if patience is None else patience * 1000)
+            ready = self._poll.poll(None if self._timeout is None else self._timeout * 1000)
             if not ready:
-                if peer_ended or self._udp:  # a conversation in datagrams has no other end
+                if self._udp:  # a conversation in datagrams has no other end
                     return
                 raise TimeoutError
             for fd, _ in ready:
                 if not self._sources[fd]():
                     self._poll.unregister(fd)
                     del self._sources[fd]
-                    peer_ended = peer_ended or fd != STDIN
+                    if fd != STDIN and os.isatty(STDIN):
+                        return
 
     def _send(self) -> bool:
         data = os.read(STDIN, DATAGRAM_MAX if self._udp else CHUNK)

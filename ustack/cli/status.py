@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from ustack.cli.control import call, control_option
-from ustack.daemon.size import format_size
 
 
 @click.command()
@@ -33,7 +32,7 @@ def status(as_json: bool, control: str) -> None:
     for route in report["routes"]:
         click.echo(f"route {route}")
     for export in report["nbd"]:
-        size = f", {format_size(export['size'])}" if export["size"] else ""
+        size = f", {export['size']} bytes" if export["size"] else ""
         error = f": {export['error']}" if export["error"] else ""
         click.echo(f"nbd {export['name']} {export['uri']}: {export['state']} for {export['since']:.0f} s{size}{error}")
     _print_memory(report["memory"])

@@ -145,10 +145,12 @@ class Session(asyncio.Protocol):
         self._next()
 
     def eof_received(self) -> bool:
-        """The client has no more calls: a ping that never ends does so now, what else it asked for is answered yet."""
+        """The client has no more calls, or is gone. A ping sums up what there is; what waits for a peer waits no longer."""
+        self._leaving = True
         if self._series is not None:
             self._series.stop()
-        self._leaving = True
+        elif self._task is not None:
+            self._task.cancel()
         return self._task is not None
 
     def connection_lost(self, exc: Exception | None) -> None:

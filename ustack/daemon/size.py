@@ -19,9 +19,3 @@ def parse_size(text: str) -> int:
     return int(match[1]) << _UNITS[match[2].upper()]
 
 
-def format_size(nbytes: int) -> str:
-    """`nbytes` with the largest unit that divides it: 64M for 67108864."""
-    for unit, shift in reversed(_UNITS.items()):
-        if nbytes and nbytes % (1 << shift) == 0:
-            return f"{nbytes >> shift}{unit}"
-    return str(nbytes)

@@ -219,7 +219,7 @@ async def _without_reserve(
             await _await_standstill(work, reporter)
             findings.standstill_requests = len(work.latencies)
             reporter.fact(
-                f"NBD stands still: {findings.standstill_requests} of {PRESSURE_REQUESTS} requests, then none in {STANDSTILL:g} s"
+                f"NBD stands still: {len(work.latencies)} of {PRESSURE_REQUESTS} requests, then none in {STANDSTILL:g} s"
             )
             reporter.step("The blocked connections are closed")
             began = perf_counter()

@@ -98,14 +98,20 @@ async def _main() -> None:
     loop = asyncio.get_running_loop()
     commands = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    answer: asyncio.Task[None] | None = None
     while line := await commands.readline():
-        what, args = json.loads(line)
-        try:
-            answer = {"ok": await getattr(peer, what)(**args)}
-        except OSError as error:
-            answer = {"error": str(error)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        if answer is not None:
+            await answer
+        answer = loop.create_task(_answer(peer, *json.loads(line)))  # a task, so that the end of input ends it too
+
+
+async def _answer(peer: _Peer, what: str, args: dict[str, Any]) -> None:
+    try:
+        answer = {"ok": await getattr(peer, what)(**args)}
+    except OSError as error:
+        answer = {"error": str(error)}
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
