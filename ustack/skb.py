@@ -59,7 +59,8 @@ def page_runs(pfns: list[int], offset: int, length: int) -> list[tuple[int, int]
 class Account:
     """Somebody who pays for skbs: a socket's receive queue, a neighbour's queue. `bytes` is the truesize charged now.
 
-    What is charged to an account is charged to its `parent` as well, so that there is one figure for each kind of owner.
+    What is charged to an account is charged to its `parent` as well, so that there is one figure for each kind of owner. A
+    parent has no parent of its own.
     """
 
     __slots__ = ("bytes", "name", "parent", "peak")
@@ -75,14 +76,17 @@ class Account:
         self.bytes += truesize
         if self.bytes > self.peak:
             self.peak = self.bytes
-        if self.parent is not None:
-            self.parent.charge(truesize)
+        parent = self.parent
+        if parent is not None:
+            parent.bytes += truesize
+            if parent.bytes > parent.peak:
+                parent.peak = parent.bytes
 
     def uncharge(self, truesize: int) -> None:
         """Take `truesize` bytes off again."""
         self.bytes -= truesize
         if self.parent is not None:
-            self.parent.uncharge(truesize)
+            self.parent.bytes -= truesize
 
 
 class Skb:

@@ -13,7 +13,7 @@ from ustack.drops import DropReason
 from ustack.transport.events import ORPHAN, READABLE, SHUT_RD, SHUT_WR, WRITABLE
 from ustack.transport.tcp import output, timers
 from ustack.transport.tcp.output import ACK_DELAYED, ACK_NONE, ACK_NOW, MASK32
-from ustack.transport.tcp.states import CAN_RECEIVE, FIN_ACKED, RECEIVES_FIN, State
+from ustack.transport.tcp.states import CAN_RECEIVE, CLOSE, ESTABLISHED, FIN_ACKED, RECEIVES_FIN, SYN_RECV, SYN_SENT, State
 from ustack.wire.tcp import ACK, FIN, RST, SYN, WSCALE_MAX
 
 if TYPE_CHECKING:
@@ -41,10 +41,11 @@ def unwrap(wire: int, near: int) -> int:
 class ArrivingSegment:
     """A segment as it arrives, parsed: one object per stack, filled for each. `seq` and `ack` are as on the wire.
 
-    The payload is `frame`'s bytes `offset .. offset+length`.
+    `options` is None when there are none but timestamps, whose values are `ts_val` and `ts_ecr` (-1: absent). The payload is
+    `frame`'s bytes `offset .. offset+length`.
     """
 
-    __slots__ = ("ack", "flags", "frame", "length", "offset", "options", "seq", "window")
+    __slots__ = ("ack", "flags", "frame", "length", "offset", "options", "seq", "ts_ecr", "ts_val", "window")
 
     frame: RxFrame
     options: TcpOptions | None
@@ -57,24 +58,25 @@ class ArrivingSegment:
         self.offset = 0
         self.length = 0
         self.options = None
+        self.ts_val = -1
+        self.ts_ecr = -1
 
 
 def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | None:
     """Process one segment for `conn`. Returns why it was dropped, or None when it was of use."""
-    if conn.state is State.SYN_SENT:
+    if conn.state is SYN_SENT:
         return _in_syn_sent(conn, segment)
     flags = segment.flags
     seq = unwrap(segment.seq, conn.rcv_nxt)
     length = segment.length
     end = seq + length
     rcv_nxt = conn.rcv_nxt
-    options = segment.options
 
     # First, PAWS and the sequence number. The test is Linux's (tcp_sequence): what the peer may have sent before it saw our
     # last acknowledgment is let in, so that ACKs overtaken by data do not draw answers.
     age = -1
-    if conn.ts_ok and options is not None and options.ts_val >= 0:
-        age = (options.ts_val - conn.ts_recent) & MASK32
+    if conn.ts_ok and segment.ts_val >= 0:
+        age = (segment.ts_val - conn.ts_recent) & MASK32
         if age >= HALF and not flags & RST and conn.tcp.env.timers.now - conn.ts_recent_at < PAWS_EXPIRES:
             _duplicate_ack(conn)
             return DropReason.TCP_RFC7323_PAWS
@@ -91,7 +93,7 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
 
     # Fourth, SYN (RFC 5961, section 4).
     if flags & SYN:
-        if conn.state is not State.SYN_RECV or seq != conn.irs:
+        if conn.state is not SYN_RECV or seq != conn.irs:
             output.send_challenge_ack(conn)
             return DropReason.TCP_INVALID_SYN
         if not flags & ACK:
@@ -103,11 +105,11 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
     # Fifth, ACK.
     if not flags & ACK:
         return DropReason.TCP_FLAGS
-    if 0 <= age < HALF and seq <= conn.last_ack_sent and options is not None:
-        conn.ts_recent = options.ts_val
+    if 0 <= age < HALF and seq <= conn.last_ack_sent:
+        conn.ts_recent = segment.ts_val
         conn.ts_recent_at = conn.tcp.env.timers.now
     reason = _process_ack(conn, segment, seq)
-    if reason is not None or conn.state is State.CLOSE:
+    if reason is not None or conn.state is CLOSE:
         return reason
     conn.last_received = conn.tcp.env.timers.now
 
@@ -128,7 +130,7 @@ def _unacceptable(conn: Connection, segment: ArrivingSegment, seq: int, end: int
     if flags & ACK and seq < conn.rcv_nxt and end <= conn.rcv_nxt:
         # Old data or a keepalive, but its acknowledgment may be news: without this, two full windows would wait for each other.
         _process_ack(conn, segment, seq)
-        if conn.state is State.CLOSE:
+        if conn.state is CLOSE:
             return DropReason.TCP_CLOSE
     _duplicate_ack(conn)
     if seq >= conn.rcv_adv:
@@ -145,7 +147,7 @@ def _duplicate_ack(conn: Connection) -> None:
 def _on_reset(conn: Connection) -> None:
     """The peer has reset the connection (RFC 9293, section 3.10.7.4, second)."""
     mib = conn.tcp.env.mib
-    if conn.state is State.SYN_RECV:
+    if conn.state is SYN_RECV:
         mib.TcpAttemptFails += 1
         conn.fail(errno.ECONNREFUSED)
         return
@@ -175,9 +177,9 @@ def accept_syn(conn: Connection, segment: ArrivingSegment) -> None:
         if options.wscale >= 0 and config.window_scaling:
             conn.snd_wscale = min(options.wscale, WSCALE_MAX)
         conn.sack_ok = options.sack_permitted and config.sack
-        if options.ts_val >= 0 and config.timestamps:
+        if segment.ts_val >= 0 and config.timestamps:
             conn.ts_ok = True
-            conn.ts_recent = options.ts_val
+            conn.ts_recent = segment.ts_val
             conn.ts_recent_at = conn.tcp.env.timers.now
     if conn.snd_wscale < 0:
         conn.rcv_wscale = 0
@@ -230,7 +232,7 @@ def _established(conn: Connection) -> None:
     now = env.timers.now
     conn.retransmit_timer.cancel()
     if conn.retries:
-        conn.rtt.backoff_shift = 0
+        conn.rtt.end_backoff()
     else:
         conn.rtt.on_sample(now - conn.last_sent)
     conn.rcv_rtt = max(conn.rtt.srtt, 0.001)
@@ -256,7 +258,7 @@ def _established(conn: Connection) -> None:
 def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropReason | None:
     una = conn.snd_una
     ack = unwrap(segment.ack, una)
-    if conn.state is State.SYN_RECV:
+    if conn.state is SYN_RECV:
         if ack != conn.snd_nxt:
             conn.tcp.reset_stray(conn)
             return DropReason.TCP_INVALID_ACK
@@ -324,9 +326,9 @@ def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropRe
         env.timers.set(conn.retransmit_timer, now + conn.rtt.rto)
     else:
         conn.retransmit_timer.cancel()
-        conn.rtt.backoff_shift = 0
+        conn.rtt.end_backoff()
     conn.path.neighbour.confirm()
-    if not conn.options.sndbuf:
+    if conn.sndbuf < conn.tcp.config.wmem_max and not conn.options.sndbuf:
         _grow_send_limit(conn)
     if conn.write_blocked and queue.account.bytes * 3 < conn.sndbuf * 2:
         conn.write_blocked = False
@@ -370,7 +372,7 @@ def _grow_send_limit(conn: Connection) -> None:
 
 def _fin_acked(conn: Connection) -> None:
     state = FIN_ACKED[conn.state]
-    if state is State.CLOSE:
+    if state is CLOSE:
         conn.fail(0)
     elif state is State.TIME_WAIT:
         conn.tcp.enter_time_wait(conn)
@@ -389,7 +391,7 @@ def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int
         _duplicate_ack(conn)
         return DropReason.TCP_CLOSE if segment.length else None
     rcv_nxt = conn.rcv_nxt
-    if end > rcv_nxt and conn.shutdown_mask & SHUT_RD and (conn.shutdown_mask & ORPHAN or conn.state is not State.ESTABLISHED):
+    if end > rcv_nxt and conn.shutdown_mask & SHUT_RD and (conn.shutdown_mask & ORPHAN or conn.state is not ESTABLISHED):
         # Nobody will ever read this: say so (RFC 9293, section 3.6.1; RFC 2525, section 2.17).
         conn.abort(errno.ECONNRESET)
         return DropReason.SOCKET_SHUTDOWN
@@ -502,9 +504,8 @@ def _learn_mss(conn: Connection, segment: ArrivingSegment, size: int) -> bool:
         conn.rcv_mss = min(mss, conn.adv_mss)
     if size < conn.rcv_mss:
         return False
-    options = segment.options
-    if conn.ts_ok and options is not None and options.ts_ecr > 0:
-        delta = ((int(conn.tcp.env.timers.now * 1000) + conn.ts_offset - options.ts_ecr) & MASK32) / 1000
+    if conn.ts_ok and segment.ts_ecr > 0:
+        delta = ((int(conn.tcp.env.timers.now * 1000) + conn.ts_offset - segment.ts_ecr) & MASK32) / 1000
         if delta < 60:
             conn.rcv_rtt += (max(delta, 0.001) - conn.rcv_rtt) / 8
     return True

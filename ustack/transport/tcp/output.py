@@ -12,7 +12,7 @@ from ustack.link.device import ETH_HLEN
 from ustack.timers import NEVER
 from ustack.transport.events import SHUT_WR
 from ustack.transport.tcp.inflight import Segment
-from ustack.transport.tcp.recovery import Phase
+from ustack.transport.tcp.recovery import OPEN
 from ustack.transport.tcp.states import State
 from ustack.wire.tcp import (
     ACK,
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 IPPROTO_TCP: Final = 6
 MASK32: Final = 0xFFFFFFFF
 IP_TOTAL_MAX: Final = 65535
+SKB_MAX: Final = IP_TOTAL_MAX - 20 - HEADER_LEN - TS_LEN
+"""Bytes of payload that one packet carries at most beside timestamps."""
 MIN_MSS: Final = 48
 """Bytes of payload below which no path MTU pushes a segment (tcp_min_snd_mss)."""
 
@@ -66,14 +68,14 @@ def sync_mss(conn: Connection) -> None:
         mss -= TS_LEN
     conn.mss = max(mss, MIN_MSS)
     conn.cc.mss = conn.mss
+    conn.send_queue.goal = max(SKB_MAX // conn.mss * conn.mss, conn.mss)
 
 
 def _largest_payload(conn: Connection, mss: int) -> int:
     """Bytes of one transmission: a multiple of the MSS that fits an IP packet, or one segment where the device cannot cut."""
     if not (conn.path.tso and conn.tcp.config.offload):
         return mss
-    room = IP_TOTAL_MAX - (conn.path.l4 - ETH_HLEN) - HEADER_LEN - TS_LEN
-    return max(room // mss, 1) * mss
+    return max(SKB_MAX // mss, 1) * mss
 
 
 # -- windows --
@@ -389,7 +391,7 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
 
 def _worth_waiting(conn: Connection, size: int) -> bool:
     """Whether acknowledgments under way will soon allow a much larger transmission than `size` (tcp_tso_should_defer)."""
-    return conn.recovery.phase is Phase.OPEN and size < min(conn.cc.cwnd, conn.max_window) // 3
+    return conn.recovery.phase is OPEN and size < min(conn.cc.cwnd, conn.max_window) // 3
 
 
 def _hold_tail(conn: Connection) -> bool:

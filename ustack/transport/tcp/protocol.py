@@ -17,11 +17,11 @@ from ustack.transport.tcp.input import ArrivingSegment, segment_arrives, unwrap
 from ustack.transport.tcp.isn import IsnGenerator
 from ustack.transport.tcp.listener import Listener
 from ustack.transport.tcp.output import ACK_NONE, ACK_NOW, IPPROTO_TCP, MASK32
-from ustack.transport.tcp.states import State
+from ustack.transport.tcp.states import CLOSE, State
 from ustack.transport.tcp.timewait import TimeWait
 from ustack.wire.checksum import finish, ones_sum_views, pseudo_v4
 from ustack.wire.icmp import ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED
-from ustack.wire.tcp import ACK, FIN, HEADER, HEADER_LEN, OFF_CSUM, RST, SYN, WSCALE_MAX, parse_options
+from ustack.wire.tcp import ACK, FIN, HEADER, HEADER_LEN, OFF_CSUM, RST, SYN, TS, TS_LEN, TS_MARK, WSCALE_MAX, parse_options
 
 if TYPE_CHECKING:
     from ustack.env import Env
@@ -145,8 +145,13 @@ class Tcp:
         segment.window = window
         segment.offset = l4 + hlen
         segment.length = l4_len - hlen
-        segment.options = parse_options(head, l4 + HEADER_LEN, l4 + hlen) if hlen > HEADER_LEN else None
-        key = packet.src + packet.dst + bytes(head[l4 : l4 + 4])
+        if hlen == HEADER_LEN:
+            segment.options = None
+            segment.ts_val = segment.ts_ecr = -1
+        else:
+            self._parse_options(segment, head, l4 + HEADER_LEN, l4 + hlen)
+        # Without IP options the name of the connection lies in the packet as it is: addresses, then ports.
+        key = bytes(head[l4 - 8 : l4 + 4]) if l4 - packet.l3 == 20 else packet.src + packet.dst + bytes(head[l4 : l4 + 4])
         conn = self.connections.get(key)
         if isinstance(conn, Connection):
             if frame.pfmemalloc and not conn.options.memalloc:
@@ -161,6 +166,16 @@ class Tcp:
             reason = self._without_connection(packet, key, dport)
         if reason is not None:
             env.drops.counts[reason] += 1
+
+    def _parse_options(self, segment: ArrivingSegment, head: memoryview, start: int, end: int) -> None:
+        if end - start == TS_LEN:
+            mark, segment.ts_val, segment.ts_ecr = TS.unpack_from(head, start)
+            if mark == TS_MARK:
+                segment.options = None
+                return
+        segment.options = options = parse_options(head, start, end)
+        segment.ts_val = options.ts_val
+        segment.ts_ecr = options.ts_ecr
 
     def _tell_reader(self, conn: Connection) -> None:
         """Data of this segment went straight to the user's buffer, and everything about the segment is done."""
@@ -376,7 +391,7 @@ class Tcp:
                 if mask:
                     conn.wake_mask = 0
                     conn.wake(mask)
-                if conn.state is not State.CLOSE:
+                if conn.state is not CLOSE:
                     output.push(conn)
                     if conn.ack_due == ACK_NOW:
                         output.send_ack(conn)

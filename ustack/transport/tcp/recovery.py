@@ -30,6 +30,11 @@ class Phase(IntEnum):
     """The retransmission timer expired: everything not sacked is sent again, in slow start."""
 
 
+OPEN: Final = Phase.OPEN
+RECOVERY: Final = Phase.RECOVERY
+LOSS: Final = Phase.LOSS
+
+
 class Recovery:
     """The phase, its end (`point`: SND.NXT when it began) and the duplicate ACKs seen. `cwnd_limited`: the window kept us from
     sending.
@@ -46,7 +51,7 @@ class Recovery:
     def on_ack(self, conn: Connection, acked: int, *, duplicate: bool) -> None:
         """An acceptable ACK was applied to the scoreboard: `acked` bytes are newly acknowledged, or it is a `duplicate`."""
         inflight = conn.inflight
-        if self.phase is Phase.OPEN:
+        if self.phase is OPEN:
             if acked:
                 self.dupacks = 0
                 inflight.reno_sacked = 0
@@ -69,7 +74,7 @@ class Recovery:
             inflight.mark_lost_by_sack(conn.mss)
         elif duplicate:
             inflight.on_duplicate_ack(conn.mss)
-        if self.phase is Phase.LOSS:
+        if self.phase is LOSS:
             if acked:
                 conn.cc.on_ack(acked)
         elif acked:
@@ -92,7 +97,7 @@ class Recovery:
             conn.cc.on_loss(inflight.outstanding())
 
     def _recovered(self, conn: Connection) -> None:
-        if self.phase is Phase.RECOVERY:
+        if self.phase is RECOVERY:
             conn.cc.on_recovered()
         self.phase = Phase.OPEN
         self.dupacks = 0

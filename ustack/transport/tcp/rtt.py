@@ -17,7 +17,7 @@ class RttEstimator:
     ends that.
     """
 
-    __slots__ = ("_config", "backoff_shift", "latest", "minimum", "rttvar", "srtt")
+    __slots__ = ("_config", "backoff_shift", "latest", "minimum", "rto", "rttvar", "srtt")
 
     def __init__(self, config: TcpConfig) -> None:
         self._config = config
@@ -26,30 +26,40 @@ class RttEstimator:
         self.latest = 0.0
         self.minimum = 0.0
         self.backoff_shift = 0
+        self.rto = config.initial_rto
 
     def on_sample(self, rtt: float) -> None:
         """Take the RTT of a segment that was sent once only (Karn's rule; RFC 6298, sections 2 and 3)."""
         self.latest = rtt
-        if self.srtt == 0.0:
+        srtt = self.srtt
+        if srtt == 0.0:
             self.srtt = max(rtt, 1e-6)
             self.rttvar = rtt / 2
             self.minimum = rtt
         else:
-            self.rttvar += BETA * (abs(self.srtt - rtt) - self.rttvar)
-            self.srtt += ALPHA * (rtt - self.srtt)
-            self.minimum = min(self.minimum, rtt)
+            self.rttvar += BETA * (abs(srtt - rtt) - self.rttvar)
+            self.srtt = srtt + ALPHA * (rtt - srtt)
+            if rtt < self.minimum:
+                self.minimum = rtt
         self.backoff_shift = 0
+        self._update()
 
     def backoff(self) -> None:
         """The timer expired: double the RTO (RFC 6298, section 5.5)."""
         self.backoff_shift += 1
+        self._update()
 
-    @property
-    def rto(self) -> float:
-        """The retransmission timeout now."""
+    def end_backoff(self) -> None:
+        """Everything outstanding is acknowledged: the next timeout starts small again."""
+        if self.backoff_shift:
+            self.backoff_shift = 0
+            self._update()
+
+    def _update(self) -> None:
         config = self._config
-        if self.srtt == 0.0:
-            base = config.initial_rto
-        else:
-            base = self.srtt + max(K * self.rttvar, config.rto_min)
-        return min(base * (1 << min(self.backoff_shift, 16)), config.rto_max)
+        rto = config.initial_rto
+        if self.srtt != 0.0:
+            rto = self.srtt + max(K * self.rttvar, config.rto_min)
+        if self.backoff_shift:
+            rto *= 1 << min(self.backoff_shift, 16)
+        self.rto = rto if rto < config.rto_max else config.rto_max

@@ -22,21 +22,26 @@ LINEAR_MIN: Final = 448
 """Room that a small write's buffer has at least, so that a run of small writes shares one."""
 
 PAGES_MAX: Final = 16
-"""Pages of one skb: 64 KiB, what one super-frame carries."""
+"""Pages of one skb: 64 KiB, enough for what one super-frame carries."""
 
 _seq = attrgetter("seq")
 
 
 class SendQueue:
-    """Bytes `start .. end` of the stream by sequence number, charged to `account`."""
+    """Bytes `start .. end` of the stream by sequence number, charged to `account`.
 
-    __slots__ = ("_hint", "_skbs", "account", "end", "memory", "start")
+    `goal` is the number of bytes after which an skb is full: what a full transmission carries, so that in bulk it lies in one
+    piece.
+    """
+
+    __slots__ = ("_hint", "_skbs", "account", "end", "goal", "memory", "start")
 
     def __init__(self, memory: SkbMemory, account: Account, start: int) -> None:
         self.memory = memory
         self.account = account
         self.start = start
         self.end = start
+        self.goal = PAGES_MAX * PAGE_SIZE
         self._skbs: list[Skb] = []
         self._hint = 0  # index of the skb that the last view came from: the next one most likely does, too
 
@@ -44,16 +49,20 @@ class SendQueue:
         """Copy bytes of `data` to the end until the account holds `limit` bytes or memory ends; return how many."""
         account = self.account
         memory = self.memory
+        goal = self.goal
         total = len(data)
         done = 0
         tail = self._skbs[-1] if self._skbs else None
         while True:
             if tail is not None:
-                copied = tail.append(data[done:] if done else data)
-                done += copied
-                tail.end_seq += copied
-                if done == total:
-                    break
+                room = goal - tail.len
+                if room > 0:
+                    left = total - done
+                    copied = tail.append(data if left == total <= room else data[done : done + min(left, room)])
+                    done += copied
+                    tail.end_seq += copied
+                    if done == total:
+                        break
             if account.bytes >= limit:
                 break
             left = total - done
@@ -78,6 +87,9 @@ class SendQueue:
         skb = skbs[index]
         if seq + length <= skb.end_seq:
             self._hint = index
+            if len(skb.frags) == 1 and skb.data == skb.tail:
+                addr = skb.frags[0][0] + seq - skb.seq
+                return [self.memory.mem[addr : addr + length]]
             return skb.views(seq - skb.seq, length)
         out: list[memoryview] = []
         while length:

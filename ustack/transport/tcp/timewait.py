@@ -53,9 +53,8 @@ class TimeWait:
         """Whether a SYN is certainly not an old one of this connection."""
         if not segment.flags & SYN or segment.flags & (RST | ACK):
             return False
-        options = segment.options
-        if self.ts_ok and options is not None and options.ts_val >= 0:
-            age = (options.ts_val - self.ts_recent) & MASK32
+        if self.ts_ok and segment.ts_val >= 0:
+            age = (segment.ts_val - self.ts_recent) & MASK32
             if age:
                 return age < HALF
         return unwrap(segment.seq, self.rcv_nxt) > self.rcv_nxt
