@@ -62,6 +62,19 @@ async def test_calls_are_answered_one_after_the_other(tmp_path: Path) -> None:
     assert set(answers[2]["ok"]) == {"counters", "drops"}
 
 
+async def test_a_client_that_ends_its_side_at_once_still_gets_its_answers(tmp_path: Path) -> None:
+    """As `echo ... | socat - UNIX-CONNECT:...` does."""
+    async with serving(tmp_path / "c"):
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "c"))
+        writer.write(b'{"call":"status"}\n{"call":"connect","args":{"host":"10.0.0.1","port":1}}\n{"call":"status"}\n')
+        writer.write_eof()
+        answers = [json.loads(line) async for line in reader]
+        writer.close()
+        await writer.wait_closed()
+    assert answers[0] == answers[2] == {"ok": {"fine": True}}
+    assert answers[1]["error"]["errno"] == errno.EPIPE
+
+
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [

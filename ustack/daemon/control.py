@@ -126,6 +126,7 @@ class Session(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._series: PingSeries | None = None
         self._leaving = False
+        self._waits_for_peer = False
         self._peer_transport: Any = None  # of a connection that is being handed over, or was
 
     # -- asyncio.Protocol --
@@ -145,11 +146,11 @@ class Session(asyncio.Protocol):
         self._next()
 
     def eof_received(self) -> bool:
-        """The client has no more calls, or is gone. A ping sums up what there is; what waits for a peer waits no longer."""
+        """The client has no more calls, or is gone. What it asked already is answered; what waits for a peer waits no longer."""
         self._leaving = True
         if self._series is not None:
             self._series.stop()
-        elif self._task is not None:
+        elif self._task is not None and self._waits_for_peer:
             self._task.cancel()
         return self._task is not None
 
@@ -180,6 +181,7 @@ class Session(asyncio.Protocol):
 
     def _on_served(self, task: asyncio.Task[None]) -> None:
         self._task = None
+        self._waits_for_peer = False
         if not task.cancelled() and task.exception() is not None:
             self._transport.abort()
             task.result()
@@ -241,7 +243,13 @@ class Session(asyncio.Protocol):
 
     # -- connections --
 
+    def _wait_for_peer(self) -> None:
+        if self._leaving:
+            raise OSError(errno.EPIPE, "a connection is of no use to a client that has ended its side")
+        self._waits_for_peer = True
+
     async def _connect(self, host: str, port: int, memalloc: bool = False, udp: bool = False) -> None:
+        self._wait_for_peer()
         stack = self._server.stack
         if udp:
             datagrams = stack.udp.socket(SocketOptions(memalloc=memalloc))
@@ -259,6 +267,7 @@ class Session(asyncio.Protocol):
 
     async def _listen(self, port: int, host: str | None = None, udp: bool = False) -> None:
         """Take one connection; a datagram's sender counts as one."""
+        self._wait_for_peer()
         stack = self._server.stack
         arrived: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
