@@ -146,7 +146,7 @@ class Session(asyncio.Protocol):
         self._next()
 
     def eof_received(self) -> bool:
-        """The client has no more calls, or is gone. What it asked already is answered; what waits for a peer waits no longer."""
+        """The client has no more calls, or is gone: what it asked is answered, but what waits for a peer waits no longer."""
         self._leaving = True
         if self._series is not None:
             self._series.stop()
