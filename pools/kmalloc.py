@@ -5,15 +5,19 @@ The sizes are those of include/linux/kmalloc_sizes.h for 4 KiB pages and 64-byte
 128 KiB, and 192. A request takes the next larger object, which is the waste that the other side of the dispute complained
 of; `charge` is the size of that object. Neither `group` nor the size given on free is needed: the page map leads from an
 address to its cache.
+
+In the kernel the sizes are fixed when it is compiled. Here `add_class` adds one while the pool is in use; `pools.adviser` tells
+which are worth it.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Final
 
 from pools.arena import PAGE_SHIFT
 from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
-from pools.slab import GRANULE, GRANULE_SHIFT, KmemCache, SlabMap, slabinfo
+from pools.slab import GRANULE, GRANULE_SHIFT, KmemCache, SlabMap, object_size, slabinfo
 
 if TYPE_CHECKING:
     from pools.buddy import PageAllocator
@@ -31,13 +35,13 @@ class KmallocPool(Pool):
     When there are no pages, the free slabs of all caches are reaped once before the reserve is used or the allocation fails.
     """
 
-    __slots__ = ("_by_granules", "_caches", "_heads", "_slab_of")
+    __slots__ = ("_by_granules", "_caches", "_heads", "_slab_map", "_slab_of")
 
     name = "kmalloc"
 
     def __init__(self, pages: PageAllocator, *, lanes: int = LANES) -> None:
         super().__init__(pages)
-        slab_map = SlabMap(pages)
+        self._slab_map = slab_map = SlabMap(pages)
         self._slab_of = slab_map.slab
         general: list[KmemCache] = []
         for size in SIZES:
@@ -89,8 +93,30 @@ class KmallocPool(Pool):
         stats.charged -= cache.size
 
     def charge(self, addr: int, size: int) -> int:
-        """The size of the object."""
-        return self._by_granules[(size + GRANULE - 1) >> GRANULE_SHIFT].size
+        """The size of the object. Not that of the class for `size`: the object may be older than the class."""
+        slab = self._slab_of[addr >> PAGE_SHIFT]
+        assert slab is not None
+        return slab.cache.size
+
+    def add_class(self, size: int) -> KmemCache:
+        """Add a general cache for objects of `size` bytes, in whole cache lines. Returns the cache.
+
+        From now on it serves the requests that fit it and no smaller class; objects that are alive stay where they are. Raises
+        `ValueError` for a size that has a class, and for one that is not between the smallest and the largest class.
+        """
+        *general, heads = self._caches
+        size = object_size(size)
+        place = bisect_left(general, size, key=lambda cache: cache.size)
+        if not 0 < place < len(general) or general[place].size == size:
+            raise ValueError(f"no room for a class of {size} bytes beside {', '.join(str(cache.size) for cache in general)}")
+        lanes = len(heads.arrays)
+        name = f"size-{size}"
+        cache = KmemCache(self.pages, self._slab_map, name, size, lanes=lanes, general=tuple(general), shrink=self._shrink)
+        general.insert(place, cache)
+        self._caches = (*general, heads)
+        first, last = (general[place - 1].size >> GRANULE_SHIFT) + 1, size >> GRANULE_SHIFT
+        self._by_granules[first : last + 1] = [cache] * (last + 1 - first)
+        return cache
 
     def alloc_head(self, gfp: int, cpu: int = 0, group: int = NULL) -> int:
         """Allocate an object of `skbuff_head_cache`."""

@@ -17,7 +17,7 @@ else: they never enter an array, go straight back to their slab, and the empty s
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pools.arena import PAGE_SHIFT, PAGE_SIZE
 from pools.base import NULL, DoubleFree
@@ -68,6 +68,54 @@ def tunables(size: int) -> int:
     if size > 256:
         return 54
     return 120
+
+
+class Layout(NamedTuple):
+    """A slab: `num` objects on 2**`order` pages, and `leftover` bytes that nobody uses. `management` are the bytes of its
+    bookkeeping, which lies in an object of another cache if `off_slab`.
+    """
+
+    order: int
+    num: int
+    leftover: int
+    management: int
+    off_slab: bool
+
+
+def object_size(size: int) -> int:
+    """Bytes of an object for requests of up to `size` bytes: whole cache lines, or 32."""
+    return GRANULE if size <= GRANULE else size + LINE - 1 & -LINE
+
+
+def slab_layout(size: int, *, off_slab: bool = True) -> Layout:
+    """The slab for objects of `size` bytes, which `object_size` has rounded (calculate_slab_order, cache_estimate).
+
+    Large objects have their bookkeeping elsewhere, unless what is left over has room for it, or `off_slab` forbids it. Raises
+    `ValueError` if no slab is large enough.
+    """
+    align = GRANULE if size <= GRANULE else LINE
+    off_slab = off_slab and size >= OFF_SLAB_SIZE
+    num = leftover = order = 0
+    for order in range(MAX_SLAB_ORDER + 1):
+        slab_size = PAGE_SIZE << order
+        if off_slab:
+            num = slab_size // size
+            leftover = slab_size - num * size
+        else:
+            num = (slab_size - SLAB_BYTES) // (size + OBJECT_BYTES)
+            if num and _management_size(num, align) + num * size > slab_size:
+                num -= 1
+            leftover = slab_size - _management_size(num, align) - num * size
+        if num and (order >= BREAK_ORDER or leftover * 8 <= slab_size):
+            break
+    if not num:
+        raise ValueError(f"no slab holds objects of {size} bytes")
+    management = _management_size(num, align)
+    if not off_slab:
+        return Layout(order, num, leftover, management, off_slab=False)
+    if leftover >= management:
+        return Layout(order, num, leftover - management, management, off_slab=False)
+    return Layout(order, num, leftover, SLAB_BYTES + OBJECT_BYTES * num, off_slab=True)
 
 
 class ArrayCache:
@@ -160,16 +208,15 @@ class KmemCache:
         general: Sequence[KmemCache] = (),
         shrink: Callable[[], int] | None = None,
     ) -> None:
-        align = GRANULE if size <= GRANULE else LINE
         self.pages = pages
         self.name = name
-        self.size = (size + align - 1) & -align
+        self.size = object_size(size)
         self.pfmemalloc = False
         self._live = slab_map.live
         self._slab_of = slab_map.slab
         self._shrink = shrink
         self._owner = pages.owner_id(name)
-        self._lay_out(align, general)
+        self._lay_out(general)
         self._colour_next = 0
         self.limit = tunables(self.size)
         self.batchcount = (self.limit + 1) // 2
@@ -189,37 +236,16 @@ class KmemCache:
         self._reserve_full: OrderedDict[Slab, None] = OrderedDict()
         self._reserve_partial: OrderedDict[Slab, None] = OrderedDict()
 
-    def _lay_out(self, align: int, general: Sequence[KmemCache]) -> None:
-        """Choose order, objects per slab, place of the bookkeeping and colours (calculate_slab_order, cache_estimate)."""
-        size = self.size
-        off_slab = size >= OFF_SLAB_SIZE and bool(general)
-        num = leftover = order = 0
-        for order in range(MAX_SLAB_ORDER + 1):
-            slab_size = PAGE_SIZE << order
-            if off_slab:
-                num = slab_size // size
-                leftover = slab_size - num * size
-            else:
-                num = (slab_size - SLAB_BYTES) // (size + OBJECT_BYTES)
-                if num and _management_size(num, align) + num * size > slab_size:
-                    num -= 1
-                leftover = slab_size - _management_size(num, align) - num * size
-            if num and (order >= BREAK_ORDER or leftover * 8 <= slab_size):
-                break
-        if not num:
-            raise ValueError(f"no slab holds objects of {size} bytes")
-        management = _management_size(num, align)
-        if off_slab and leftover >= management:
-            off_slab = False
-            leftover -= management
-        self.order = order
-        self.num = num
-        self._objects_offset = 0 if off_slab else management
-        self.colour = leftover // LINE
+    def _lay_out(self, general: Sequence[KmemCache]) -> None:
+        """Choose order, objects per slab, place of the bookkeeping and colours."""
+        layout = slab_layout(self.size, off_slab=bool(general))
+        self.order = layout.order
+        self.num = layout.num
+        self._objects_offset = 0 if layout.off_slab else layout.management
+        self.colour = layout.leftover // LINE
         self.management_cache: KmemCache | None = None
-        if off_slab:
-            needed = SLAB_BYTES + OBJECT_BYTES * num
-            self.management_cache = next(cache for cache in general if cache.size >= needed)
+        if layout.off_slab:
+            self.management_cache = next(cache for cache in general if cache.size >= layout.management)
 
     # Objects
 

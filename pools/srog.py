@@ -202,8 +202,9 @@ class SrogPool(Pool):
             if self._payloads:
                 self._payloads.discard(addr)
         elif self._kmalloc is not None:
+            charge = self._kmalloc.stats.charged
             self._kmalloc.free(addr, size, cpu)
-            charge = self._kmalloc.charge(addr, size)
+            charge -= self._kmalloc.stats.charged
         else:
             raise DoubleFree(f"no data at {addr:#x} is allocated")
         self._settle(size, charge)
