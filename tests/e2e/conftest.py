@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -16,10 +17,16 @@ from ustack.stack import Stack
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    import pytest
+
     from tests.netns import Namespace
+    from ustack.socket import Socket
 
 OURS: Final = "10.77.0.2"
 KERNEL: Final = "10.77.0.1"
+
+PROBES: Final = frozenset({"TCP_OLD_DATA"})
+"""Drops that only mean that we were slow: the kernel has probed for a lost tail (RFC 8985, section 7)."""
 
 
 class StackOnTap(Protocol):
@@ -29,9 +36,15 @@ class StackOnTap(Protocol):
         """`mode`, `offload`: see TapDevice; `options`: see Stack; `mtu` in bytes, of both sides."""
 
 
-def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """The event loop that the daemon runs on."""
-    return {"uvloop": uvloop.new_event_loop}
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """A test may ask for uvloop, on which the daemon runs, by `pytest.mark.asyncio(loop_factories=...)`. Others get asyncio's
+    own loop, because pytest-timeout cannot interrupt uvloop.
+    """
+    marker = item.get_closest_marker("asyncio")
+    loops: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
+    if marker is not None and "loop_factories" in marker.kwargs:
+        loops["uvloop"] = uvloop.new_event_loop
+    return loops
 
 
 @pytest_asyncio.fixture
@@ -51,6 +64,8 @@ async def stack_on_tap(netns: Namespace) -> AsyncIterator[StackOnTap]:
             leaks.watch_pool(stack.pool)
             await running.enter_async_context(stack)
             stack.add_interface(netns.open(TapDevice, "tap0", mode=mode, offload=offload), f"{OURS}/24")
+            # A link whose carrier has just come loses what is sent to it until the kernel has noticed.
+            await until(lambda: netns.netlink(lambda ip: ip.link("get", ifname="tap0"))[0].get("operstate") == "UP")
             return stack
 
         yield make
@@ -66,3 +81,37 @@ def held_by(stack: Stack) -> list[str]:
     stack.pool.reap()
     found += [f"{owner}: {pages} pages" for owner, pages in stack.pages.pages_by_owner().items() if pages]
     return found
+
+
+def listen(stack: Stack, port: int = 80) -> Socket:
+    """A socket of ours that listens on every address."""
+    listener = stack.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("", port))
+    listener.listen()
+    return listener
+
+
+def kernel_socket(netns: Namespace, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """A socket of the kernel's for the event loop."""
+    sock = netns.open(socket.socket, socket.AF_INET, kind)
+    sock.setblocking(False)
+    return sock
+
+
+async def connected(stack: Stack, netns: Namespace, listener: Socket | None = None) -> tuple[Socket, socket.socket]:
+    """Our end and the kernel's end of one connection that the kernel has opened, to port 80 if there is no `listener` yet."""
+    accepting = listener or listen(stack)
+    theirs = kernel_socket(netns)
+    await asyncio.get_running_loop().sock_connect(theirs, (OURS, accepting.getsockname()[1]))
+    ours, _ = await accepting.accept()
+    if listener is None:
+        accepting.close()
+    return ours, theirs
+
+
+async def until(fact: Callable[[], bool]) -> None:
+    """Wait until `fact` holds, for ten seconds at most."""
+    async with asyncio.timeout(10):
+        while not fact():
+            await asyncio.sleep(0.005)

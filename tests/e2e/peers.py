@@ -141,12 +141,19 @@ async def nc_udp(namespace: Namespace, address: str, port: int, datagram: bytes,
     return done.stdout
 
 
-async def said(program: subprocess.Popen[bytes], pattern: re.Pattern[bytes]) -> bytes:
-    """Wait until `program` prints a line that matches, and return it: it is ready. Fails if it ends before."""
+async def said(program: subprocess.Popen[bytes], pattern: re.Pattern[bytes], limit: float = 10.0) -> bytes:
+    """Wait until `program` prints a line that matches, and return it: it is ready. Fails if it ends before, and kills it if
+    it says nothing of the kind within `limit` seconds.
+    """
     assert program.stdout is not None
     lines = []
-    while line := await asyncio.to_thread(program.stdout.readline):
-        lines.append(line)
-        if pattern.search(line):
-            return line
+    try:
+        async with asyncio.timeout(limit):
+            while line := await asyncio.to_thread(program.stdout.readline):
+                lines.append(line)
+                if pattern.search(line):
+                    return line
+    except BaseException:
+        program.kill()  # or the thread that reads would wait for ever
+        raise
     raise AssertionError(f"{program.args!r} ended before it was ready:\n{b''.join(lines).decode()}")

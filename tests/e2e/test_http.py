@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.netns import Namespace
     from ustack.stack import Stack
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])]
 
 URL: Final = f"http://{OURS}:8080"
 PIECE: Final = bytes(range(256)) * 400

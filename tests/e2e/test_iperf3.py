@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.netns import Namespace
     from ustack.stack import Stack
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])]
 
 PORT = 5201
 MEGABYTE = 1 << 20

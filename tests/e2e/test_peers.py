@@ -58,7 +58,7 @@ async def hello(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 async def test_ping_counts_what_came_back(cable: tuple[Namespace, Namespace]) -> None:
     answered = await ping(cable[0], BOB, count=5, size=1000)
     assert (answered.sent, answered.received) == (5, 5)
-    assert 0 < answered.rtt_min <= answered.rtt_avg <= answered.rtt_max < 1
+    assert 0 < answered.rtt_min <= answered.rtt_avg <= answered.rtt_max < 5
 
 
 async def test_ping_counts_what_did_not_come_back(cable: tuple[Namespace, Namespace]) -> None:

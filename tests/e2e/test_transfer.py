@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.e2e.capture import capture
-from tests.e2e.conftest import KERNEL, OURS
+from tests.e2e.conftest import KERNEL, OURS, PROBES
 from tests.e2e.peers import LISTENING, nc, ping, said
 from tests.needs import require_tool
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.netns import Namespace
     from ustack.stack import Stack
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])]
 
 DIGEST_PORT: Final = 1001
 SOURCE_PORT: Final = 1002
@@ -76,7 +76,7 @@ async def test_twenty_megabytes_arrive_intact_each_way(
     async with services(stack):
         assert await nc(netns, OURS, DIGEST_PORT, BULK) == sha256(BULK).digest()
         assert sha256(await nc(netns, OURS, SOURCE_PORT)).digest() == sha256(BULK).digest()
-    assert stack.drops.by_name() == {}
+    assert stack.drops.by_name().keys() <= PROBES
 
 
 @modes
