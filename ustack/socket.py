@@ -441,7 +441,7 @@ class Socket:
             return
         self._closed = True
         self.host.tick()
-        if self.options.memalloc and (self.stream or self.datagram):
+        if self.options.memalloc:
             self.host.reserve.clear_memalloc()
         for endpoint in (self.stream, self._listener, self.datagram):
             if endpoint is not None:
