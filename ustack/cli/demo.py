@@ -137,5 +137,6 @@ def _summarize(console: Console, findings: Findings) -> None:
     drops = sorted(findings.drops.items(), key=lambda item: -item[1])
     table.add_row("packets dropped, by reason", "\n".join(f"{count:6}  {reason}" for reason, count in drops) or "none")
     table.add_row("in the end", "every charge and every page returned")
+    console.print()
     console.print(table)
     console.print("Verified.", style="bold green")

@@ -15,7 +15,7 @@ from ustack.cli.control import Control, control_option
 @click.argument("host", metavar="ADDRESS")
 @click.option("-c", "count", type=click.IntRange(min=1), help="Stop after this many requests.")
 @click.option(
-    "-i", "interval", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Seconds between two requests."
+    "-i", "interval", type=click.FloatRange(min=0.002), default=1.0, show_default=True, help="Seconds between two requests."
 )
 @click.option("-s", "size", type=click.IntRange(0, 65507), default=56, show_default=True, help="Bytes of payload.")
 @click.option(

@@ -145,6 +145,11 @@ class Session(asyncio.Protocol):
             return
         self._next()
 
+    def pause_writing(self) -> None:
+        """The client does not read: it gets no more of what has no end."""
+        if self._series is not None:
+            self._series.stop()
+
     def eof_received(self) -> bool:
         """The client has no more calls, or is gone: what it asked is answered, but what waits for a peer waits no longer."""
         self._leaving = True

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 PAYLOAD_MAX: Final = 65507
 """Bytes of the largest payload of an echo request."""
 
+INTERVAL_MIN: Final = 0.002
+"""Seconds between two requests at least, as ping allows its users."""
+
 _MASK: Final = 0xFFFF
 
 _UNREACHABLE: Final = {
@@ -52,8 +55,8 @@ class PingSeries:
         """Raises gaierror when `host` is not an address, ValueError for a size, a count or a time that cannot be."""
         if not 0 <= size <= PAYLOAD_MAX:
             raise ValueError(f"a payload has 0 to {PAYLOAD_MAX} bytes, not {size}")
-        if (count is not None and count < 1) or interval < 0 or timeout < 0:
-            raise ValueError("count must be at least 1, interval and timeout at least 0")
+        if (count is not None and count < 1) or interval < INTERVAL_MIN or timeout < 0:
+            raise ValueError(f"count must be at least 1, interval at least {INTERVAL_MIN:g} s, timeout at least 0 s")
         packed = pack_host(host)
         if packed is None:
             raise ValueError(f"{host!r} is no address to ping")

@@ -74,13 +74,14 @@ class StreamEnd(asyncio.Protocol):
 class DatagramEnd(asyncio.Protocol):
     """A client of the control socket that has become the peer of a connected UDP socket."""
 
-    __slots__ = ("_buffer", "_socket", "_stack", "_transport")
+    __slots__ = ("_buffer", "_paused", "_socket", "_stack", "_transport")
 
     def __init__(self, stack: Stack, transport: Any, socket: UdpSocket) -> None:
         self._stack = stack
         self._transport = transport
         self._socket = socket
         self._buffer = bytearray()
+        self._paused = False
         socket.wake = self._on_wake
         self._on_wake(READABLE)
 
@@ -95,14 +96,21 @@ class DatagramEnd(asyncio.Protocol):
             with contextlib.suppress(OSError):
                 self._socket.sendto_nowait(datagram)
 
+    def pause_writing(self) -> None:
+        """The client does not read: datagrams wait in the socket, and over its receive limit are dropped."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        self._paused = False
+        self._on_wake(READABLE)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._socket.close()
 
     def _on_wake(self, mask: int) -> None:
-        if not mask & READABLE:
-            return
-        while True:
+        while mask & READABLE and not self._paused:
             try:
                 datagram, _ = self._socket.recvfrom_nowait(0xFFFF)
             except BlockingIOError:

@@ -80,7 +80,7 @@ class _Chargen(_Server):
 
     __slots__ = ("_paused", "_stopped")
 
-    characters: Final = memoryview(_CHARACTERS * (CHARGEN_BATCH // len(_CHARACTERS)))
+    characters: Final = _CHARACTERS * (CHARGEN_BATCH // len(_CHARACTERS))
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

@@ -17,5 +17,3 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError(EXAMPLES)
     return int(match[1]) << _UNITS[match[2].upper()]
-
-
