@@ -46,6 +46,8 @@ soak: setup ## the simulator with SEEDS seeds for each of its tests (10,000 unle
 
 docs: setup ## the documentation as HTML in build/docs
 	@tools/make-venv $(VENV) docs
+	@$(VENV)/bin/python tools/reference.py
+	@$(VENV)/bin/python tools/reference_pages.py
 	@$(VENV)/bin/sphinx-build -q -W -b html docs build/docs
 	@echo "docs: build/docs/index.html"
 

@@ -16,13 +16,13 @@ class DropReason(IntEnum):
     PKT_TOO_SMALL = 0
     """Shorter than the headers that it must have."""
     PKT_TOO_BIG = auto()
-    """Longer than the path MTU, and must not be fragmented."""
+    """Longer than the path MTU, or than the receiving device takes."""
     OTHERHOST = auto()
     """The Ethernet destination is another station."""
     UNHANDLED_PROTO = auto()
     """An ethertype that the stack does not speak."""
     INVALID_PROTO = auto()
-    """A malformed ARP packet, or one that must not be answered."""
+    """An ARP packet that is malformed or claims an address of ours, or an ICMP message of a kind that is not acted on."""
     IP_INHDR = auto()
     """The IP header contradicts itself: version, header length, total length, options."""
     IP_CSUM = auto()
@@ -58,7 +58,7 @@ class DropReason(IntEnum):
     TCP_FLAGS = auto()
     """A combination of flags that the state does not allow."""
     NO_SOCKET = auto()
-    """Nobody listens on that port."""
+    """No socket, listener or echo client that it is for."""
     PFMEMALLOC = auto()
     """The packet lies in the reserve and its socket may not use it: the drop rule."""
     PROTO_MEM = auto()
@@ -70,13 +70,13 @@ class DropReason(IntEnum):
     SOCKET_SHUTDOWN = auto()
     """Data for a socket whose reader has gone."""
     LISTEN_OVERFLOW = auto()
-    """The backlog of connections not yet accepted is full."""
+    """The backlog of connections not yet accepted, or of half-open ones, is full."""
     SYN_OVERFLOW = auto()
     """Too many half-open connections."""
     TCP_ZEROWINDOW = auto()
     """Data while we advertised a window of zero."""
     TCP_OLD_DATA = auto()
-    """Data that was received before."""
+    """Data, or a SYN, that was received before."""
     TCP_OVERWINDOW = auto()
     """Data to the right of the window that we advertised."""
     TCP_RFC7323_PAWS = auto()
@@ -88,11 +88,11 @@ class DropReason(IntEnum):
     TCP_INVALID_ACK = auto()
     """An acknowledgment number that is too old or of data not yet sent (RFC 5961, section 5)."""
     TCP_RESET = auto()
-    """A reset that did not match exactly (RFC 5961, section 3)."""
+    """A reset that did not match exactly (RFC 5961, section 3), or that came to a listener."""
     TCP_OFO_QUEUE_PRUNE = auto()
     """Out-of-order data given up to make room."""
     TCP_CLOSE = auto()
-    """The connection is closed."""
+    """Data after the peer's FIN, or for a connection that has ended."""
     TIME_WAIT = auto()
     """A segment for a connection in TIME-WAIT that did not restart it."""
     RING_EMPTY = auto()

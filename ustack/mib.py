@@ -6,7 +6,7 @@ from __future__ import annotations
 
 
 class Mib:
-    """One plain int for each counter; `as_dict` gives all of them by name."""
+    """One plain int for each counter, never reset; `as_dict` gives all of them by name."""
 
     __slots__ = (
         "IcmpInEchos",
@@ -55,47 +55,89 @@ class Mib:
 
     def __init__(self) -> None:
         self.IcmpInEchos = 0
+        """Echo requests received, other than to a broadcast address."""
         self.IcmpInErrors = 0
+        """ICMP messages refused: malformed, with a wrong checksum, or an error about nothing of ours."""
         self.IcmpInMsgs = 0
+        """ICMP messages received, those refused included."""
         self.IcmpOutDestUnreachs = 0
+        """"Destination unreachable" messages sent."""
         self.IcmpOutEchoReps = 0
+        """Echo replies sent."""
         self.IcmpOutMsgs = 0
+        """ICMP messages sent: errors, replies, and echo requests of our own."""
         self.IpInDelivers = 0
+        """Packets handed to the protocol that they name."""
         self.IpInReceives = 0
+        """IPv4 packets received, those dropped included."""
         self.IpOutRequests = 0
+        """Packets that a protocol asked to send, those dropped on the way included."""
         self.TcpActiveOpens = 0
+        """Connections that we began to open."""
         self.TcpAttemptFails = 0
+        """Connections reset by the peer, or given up, before they were established."""
         self.TcpEstabResets = 0
+        """Connections reset by the peer in ESTABLISHED or CLOSE-WAIT."""
         self.TcpExtDelayedACKs = 0
+        """Acknowledgments that the delayed-ACK timer sent."""
         self.TcpExtListenDrops = 0
+        """SYNs, and handshakes just finished, that a listener refused."""
         self.TcpExtListenOverflows = 0
+        """Those of TcpExtListenDrops that found the queue of connections to accept full."""
         self.TcpExtPFMemallocDrop = 0
+        """Segments in the reserve for sockets that may not use it: the drop rule."""
         self.TcpExtTCPAbortOnMemory = 0
+        """Connections ended for want of memory."""
         self.TcpExtTCPAbortOnTimeout = 0
+        """Connections given up because the peer answered neither retransmissions nor probes."""
         self.TcpExtTCPAutoCorking = 0
+        """Small writes held back because earlier ones still waited in the device."""
         self.TcpExtTCPChallengeACK = 0
+        """Challenge ACKs sent (RFC 5961)."""
         self.TcpExtTCPFastRetrans = 0
+        """Segments sent again in fast recovery."""
         self.TcpExtTCPHPHits = 0
+        """Segments that header prediction matched."""
         self.TcpExtTCPKeepAlive = 0
+        """Keepalive probes sent."""
         self.TcpExtTCPMemoryPressures = 0
+        """Times that TCP came under memory pressure."""
         self.TcpExtTCPOFOQueue = 0
+        """Segments queued out of order."""
         self.TcpExtTCPRcvPruned = 0
+        """Times that all out-of-order data of a connection was given up to make room."""
         self.TcpExtTCPRenoRecovery = 0
+        """Fast recoveries on a connection without SACK."""
         self.TcpExtTCPSackRecovery = 0
+        """Fast recoveries on a connection with SACK."""
         self.TcpExtTCPTimeouts = 0
+        """Retransmission timeouts; those of a SYN are not counted here."""
         self.TcpExtTCPWinProbe = 0
+        """Times that the persist timer asked whether a window was still closed."""
         self.TcpExtTW = 0
+        """Connections that went into TIME-WAIT."""
         self.TcpInErrs = 0
+        """Segments refused: too short, with an impossible header length, or with a wrong checksum."""
         self.TcpInSegs = 0
+        """Segments received, those refused included; a super-frame counts as one."""
         self.TcpOutRsts = 0
+        """Resets sent."""
         self.TcpOutSegs = 0
+        """Segments sent, those sent again included; a super-frame counts as one."""
         self.TcpPassiveOpens = 0
+        """Connections established by way of a listener."""
         self.TcpRetransSegs = 0
+        """Segments sent again, SYNs included; a super-frame counts as one."""
         self.UdpInDatagrams = 0
+        """Datagrams that a program has received."""
         self.UdpInErrors = 0
+        """Datagrams refused: too short, with an impossible length, or with a wrong checksum."""
         self.UdpNoPorts = 0
+        """Datagrams for a port on which nobody receives."""
         self.UdpOutDatagrams = 0
+        """Datagrams sent, those lost below included."""
         self.UdpRcvbufErrors = 0
+        """Datagrams dropped because the receive limit of their socket was reached."""
 
     def as_dict(self) -> dict[str, int]:
         """All counters by name."""

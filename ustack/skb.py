@@ -207,7 +207,7 @@ class Skb:
 
     def pull(self, length: int) -> None:
         """Take `length` bytes off the front, linear part first. Pages stay held until the skb is freed, and so does
-        truesize.
+        truesize. Raises ValueError when there are not so many.
         """
         if not 0 <= length <= self.len:
             raise ValueError(f"cannot pull {length} of {self.len} bytes")
@@ -230,7 +230,9 @@ class Skb:
         del frags[:done]
 
     def trim(self, length: int) -> None:
-        """Cut the data to `length` bytes from the end."""
+        """Keep the first `length` bytes of the data. What the skb holds, and truesize, stay. Raises ValueError when there are
+        fewer.
+        """
         if not 0 <= length <= self.len:
             raise ValueError(f"cannot trim {self.len} bytes to {length}")
         linear = self.tail - self.data
@@ -301,7 +303,10 @@ class Skb:
         account.charge(self.truesize)
 
     def free(self) -> None:
-        """End the packet: its charge, its head and its share of the data. The object must not be used any more."""
+        """End the packet: its charge, its head and its share of the data. The object must not be used any more.
+
+        Raises RuntimeError for one that was freed already, and has not been handed out again since.
+        """
         self.memory.free(self)
 
 

@@ -172,7 +172,11 @@ class Socket:
     # -- names --
 
     def bind(self, address: Address) -> None:
-        """Bind to a local `address`; port 0 chooses one. Raises OSError EINVAL, EADDRINUSE, EADDRNOTAVAIL."""
+        """Bind to a local `address`; port 0 chooses one.
+
+        Raises OSError EINVAL when it is bound already, EADDRINUSE, EADDRNOTAVAIL; gaierror for a name; OverflowError for a port
+        that is none.
+        """
         self._check_open()
         host, port = address
         packed = pack_host(host)
@@ -361,7 +365,9 @@ class Socket:
                 await self._wait(self._readers)
 
     def send_nowait(self, data: Buffer) -> int:
-        """Send as much of `data` as there is room for; return how many bytes. Raises BlockingIOError, BrokenPipeError."""
+        """Send as much of `data` as there is room for; return how many bytes. Raises BlockingIOError, BrokenPipeError, or the
+        connection's error; for a datagram see `sendto_nowait`, and EDESTADDRREQ without a peer.
+        """
         if self.datagram is not None:
             self._check_open()
             self.host.tick()
@@ -401,8 +407,10 @@ class Socket:
                 await self._wait(self._readers)
 
     def sendto_nowait(self, data: Buffer, address: Address) -> int:
-        """Send one datagram. Raises OSError EMSGSIZE when it does not fit the path MTU, EACCES for a broadcast without
-        SO_BROADCAST.
+        """Send one datagram; what is lost below is lost silently. On a stream the same as `send_nowait`.
+
+        Raises OSError: an error that arrived earlier, EMSGSIZE when it does not fit the path MTU, EACCES for a broadcast
+        without SO_BROADCAST, ENETUNREACH without a route, EPIPE after a shutdown.
         """
         self._check_open()
         if self.datagram is None:
@@ -415,7 +423,7 @@ class Socket:
         return self.datagram.sendto_nowait(data, (packed, port))
 
     async def sendto(self, data: Buffer, address: Address) -> int:
-        """Send one datagram, waiting for room; see `sendto_nowait`."""
+        """Send one datagram, which never waits; on a stream the same as `send`. See `sendto_nowait`."""
         while True:
             try:
                 return self.sendto_nowait(data, address)
@@ -463,7 +471,10 @@ class Socket:
     # -- options --
 
     def set_memalloc(self, on: bool) -> None:
-        """Let the socket use the reserve, or no longer (sk_set_memalloc). Only for what others depend on when memory is out."""
+        """Let the socket use the reserve, or no longer (sk_set_memalloc). Only for what others depend on when memory is out.
+
+        Connections that a listener accepts inherit it.
+        """
         self._check_open()
         if on == self.options.memalloc:
             return

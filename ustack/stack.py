@@ -48,10 +48,12 @@ RX_BUDGET: Final = 64
 class Stack:
     """A TCP/IP stack with its own packet memory.
 
-    `memory` is the size of the arena in bytes, `pool` the name of the pool that lays packets on it, `reserve` the bytes at its
-    end that only memalloc sockets may use (None: the page allocator's own default). `random` seeds ports, sequence numbers and
-    identifiers: leave it out except to repeat a run. Raises KeyError for a pool that does not exist, OSError when the memory
-    cannot be had.
+    `memory` is the size of the arena in bytes, `pool` the name of the pool that lays packets on it, `reserve` the bytes of it
+    that only memalloc sockets may use: the last that are free, wherever they lie (None: the page allocator's own default).
+    `lock_memory` keeps the arena from being swapped out. `tcp` has the limits and times of TCP. `random` seeds ports, sequence
+    numbers and identifiers, and `now` is the clock in seconds until somebody moves it: leave them out except to repeat a run.
+    Raises KeyError for a pool that does not exist, ValueError for a reserve larger than the memory, OSError when the memory
+    cannot be had or locked.
     """
 
     def __init__(
@@ -170,7 +172,7 @@ class Stack:
         return await create_server(self, protocol_factory, host, port, **options)
 
     async def open_connection(self, host: str, port: int, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Like `asyncio.open_connection`, over this stack."""
+        """Like `asyncio.open_connection`, over this stack; `options` are `limit` and those of `create_connection`."""
         return await open_connection(self, host, port, **options)
 
     async def start_server(
@@ -191,7 +193,7 @@ class Stack:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Close every connection with a reset, release the devices and the memory."""
+        """Close every connection with a reset and release the devices; every packet's memory is back in the pool then."""
         self.close()
 
     def close(self) -> None:

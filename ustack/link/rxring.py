@@ -2,15 +2,14 @@
 
 Both receive modes of the design are here, because the dispute of 2006 was about both.
 
-* `LinearRing`: one contiguous buffer per frame, big enough for the MTU, allocated before it is known whose frame it is: the
-way of the
-  drivers of 2006. A kept frame takes its buffer along, and another one must be found for the ring. When the pool is empty the
-  ring starves; buffers from the reserve are posted only while a memalloc socket exists, and the drop rule decides about what
-  lands in them.
+* `LinearRing`: one contiguous buffer per frame, big enough for the MTU, allocated before it is known whose frame it is: the way
+  of the drivers of 2006. A kept frame takes its buffer along, and another one must be found for the ring. When the pool is
+  empty the ring starves; buffers from the reserve are posted only while a memalloc socket exists, and the drop rule decides
+  about what lands in them.
 * `PagedRing`: packet split. One header buffer and as many pages as the largest frame fills. A small frame is copied out of the
-header
-  buffer (copybreak); the pages of a large one leave with it, and only after others were found to take their place. So the ring
-  is always full, and a frame that nobody keeps has cost nothing: it can be classified before anything is allocated for it.
+  header buffer (copybreak); the pages of a large one leave with it, and only after others were found to take their place. So
+  the ring is always full, and a frame that nobody keeps has cost nothing: it can be classified before anything is allocated
+  for it.
 
 An `RxFrame` is valid until its delivery returns. Whoever wants to keep bytes calls `keep`, which makes an skb of them.
 """
@@ -74,7 +73,9 @@ class RxFrame:
             done += size
 
     def keep(self, offset: int, length: int, gfp: int) -> Skb | None:
-        """An skb of the bytes `offset .. offset+length`; None when there is no memory. At most once for each frame."""
+        """An skb of the bytes `offset .. offset+length`, not charged to anybody yet; None when there is no memory, and then it
+        may be tried again. It succeeds at most once for each frame, whose memory is the skb's from then on.
+        """
         return self.ring.keep(offset, length, gfp)
 
 
@@ -210,7 +211,9 @@ class PagedRing(RxRing):
 
 
 class LinearRing(RxRing):
-    """Whole-frame buffers, posted in advance. `emergency` is set by the stack while a memalloc socket exists."""
+    """Whole-frame buffers, posted in advance. `emergency`, set by the stack while a memalloc socket exists, lets them come from
+    the reserve. Raises OSError ENOMEM when made without memory.
+    """
 
     __slots__ = ("_posted", "emergency")
 

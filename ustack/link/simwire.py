@@ -60,7 +60,7 @@ class Impairments:
     duplicate: float = 0.0
     """Probability that a frame arrives twice."""
     corrupt: float = 0.0
-    """Probability that one bit of a frame is flipped."""
+    """Probability that one bit of a frame is flipped; of a frame that is not IPv4, that it is lost."""
 
 
 class WireFrame:

@@ -50,7 +50,9 @@ class TapDevice(Device):
 
     `mode` is the receive mode, "paged" or "linear". `offload` asks for super-frames and checksum offload; the linear mode
     takes no super-frames. `mac` is the stack's own address, made from the device's name when None. Raises OSError when the
-    device cannot be opened: EPERM without the right, EBUSY when another process holds it, ENODEV without /dev/net/tun.
+    device cannot be opened: EPERM without the right, EBUSY when another process holds it, ENOENT or ENODEV without
+    /dev/net/tun, EINVAL when the interface exists and is no TAP with vnet headers; ValueError for another `mode`. The MTU is
+    that of the moment of opening.
     """
 
     __slots__ = ("_deliver", "_drops", "_fd", "_mode", "_receives_super_frames", "_tap", "_vnet_in", "_vnet_out")

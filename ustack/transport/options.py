@@ -14,9 +14,13 @@ class SocketOptions:
     sndbuf: int = 0
     """Send limit in bytes of truesize, as it is in force (twice what SO_SNDBUF was given)."""
     reuseaddr: bool = False
+    """Bind to a port that connections still use, or that other datagram sockets with this option have (SO_REUSEADDR)."""
     reuseport: bool = False
+    """The same for datagram sockets (SO_REUSEPORT)."""
     broadcast: bool = False
+    """Datagrams may go to a broadcast address (SO_BROADCAST)."""
     keepalive: bool = False
+    """Probe an idle peer (SO_KEEPALIVE)."""
     keepidle: float = 0.0
     """Seconds (TCP_KEEPIDLE); 0: as configured."""
     keepintvl: float = 0.0
@@ -26,7 +30,9 @@ class SocketOptions:
     linger: int = -1
     """Seconds of SO_LINGER; -1: off; 0: closing resets."""
     nodelay: bool = False
+    """Send small segments at once (TCP_NODELAY)."""
     cork: bool = False
+    """Hold a last segment that is not full (TCP_CORK)."""
     maxseg: int = 0
     """Upper bound of the segment size in bytes (TCP_MAXSEG); 0: none."""
     user_timeout: float = 0.0
@@ -34,7 +40,9 @@ class SocketOptions:
     syncnt: int = 0
     """SYN retransmissions (TCP_SYNCNT); 0: as configured."""
     tos: int = 0
+    """Type of service (IP_TOS)."""
     ttl: int = 64
+    """Time to live (IP_TTL)."""
     memalloc: bool = False
     """May use the reserve (SOCK_MEMALLOC of the kernel, which has no option for it)."""
 

@@ -10,7 +10,7 @@ class TcpConfig:
     """One stack's TCP settings. Names are those of Linux sysctls (net.ipv4.tcp_*) where there is one."""
 
     rmem_min: int = 4096
-    """Bytes of truesize that a socket may always receive (tcp_rmem[0])."""
+    """Bytes of truesize that a socket may receive even when all connections together are over `mem_max` (tcp_rmem[0])."""
     rmem_default: int = 131072
     """Initial receive limit in bytes of truesize (tcp_rmem[1])."""
     rmem_max: int = 6 << 20
@@ -31,7 +31,7 @@ class TcpConfig:
     """Consecutive timeouts before an established connection fails with ETIMEDOUT (tcp_retries2; R2 of RFC 9293, section 3.8.3).
     """
     orphan_retries: int = 8
-    """The same for a connection that its user has closed (tcp_orphan_retries)."""
+    """Consecutive timeouts before a connection that its user has closed is given up (tcp_orphan_retries)."""
     fin_timeout: float = 60.0
     """Seconds that a closed connection waits in FIN-WAIT-2 for the peer's FIN (tcp_fin_timeout)."""
     time_wait: float = 60.0
@@ -49,11 +49,15 @@ class TcpConfig:
     delack: float = 0.04
     """Seconds that an acknowledgment may wait for data to ride on (TCP_DELACK_MIN; RFC 9293 allows 0.5)."""
     initial_rto: float = 1.0
-    """Seconds (RFC 6298, section 2.1)."""
+    """Retransmission timeout in seconds before the round trip has been measured (RFC 6298, section 2.1)."""
     rto_min: float = 0.2
-    """Seconds. RFC 6298 says 1; 0.2 is what Linux and the others use."""
+    """Seconds by which the retransmission timeout exceeds the smoothed round trip at least, as in Linux (TCP_RTO_MIN); RFC 6298
+    wants a timeout of no less than 1.
+    """
     rto_max: float = 120.0
-    """Seconds (RFC 6298 allows any maximum of at least 60)."""
+    """Retransmission timeout in seconds at most, and time between window probes (TCP_RTO_MAX; RFC 6298 allows any maximum of at
+    least 60).
+    """
     initial_window: int = 10
     """Segments of the initial congestion window (RFC 6928)."""
     challenge_ack_limit: int = 1000
@@ -65,4 +69,4 @@ class TcpConfig:
     window_scaling: bool = True
     """Offer and accept window scaling (tcp_window_scaling; RFC 7323)."""
     offload: bool = True
-    """Send super-frames where the device can cut them."""
+    """Send super-frames of up to 64 KiB where the device cuts them."""

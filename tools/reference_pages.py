@@ -1,0 +1,307 @@
+#!/usr/bin/env python3
+"""Write the pages of docs/reference that follow from the code: drop reasons, counters, socket options, settings of TCP.
+
+    tools/reference_pages.py
+
+What a name means is said by the docstring behind it; where a drop or a counter is counted is found in the source; what an
+option of a socket takes and what it is at first is found by asking a socket. tests/docs/test_reference_pages.py fails when a
+page is not what this would write.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import socket as names
+from contextlib import closing
+from dataclasses import fields
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from textwrap import dedent
+from typing import TYPE_CHECKING, Final
+
+from ustack.drops import DropReason
+from ustack.mib import Mib
+from ustack.socket_options import GETTERS, SETTERS
+from ustack.stack import Stack
+from ustack.transport.tcp.config import TcpConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from ustack.socket import Socket
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+REFERENCE: Final = ROOT / "docs" / "reference"
+SOURCE: Final = ROOT / "ustack"
+
+NOWHERE: Final = "nothing yet"
+"""What a page says of a name that stands in the table, and that no code counts."""
+
+INT_MIN: Final = -(1 << 31)
+INT_MAX: Final = (1 << 31) - 1
+
+OPTIONS: Final = {
+    "SOL_SOCKET": {
+        "SO_RCVBUF": "Receive limit in bytes of truesize, data and bookkeeping together. What is asked for is doubled, as in"
+        " Linux, and 2304 is the least. Setting it ends autotuning.",
+        "SO_SNDBUF": "Send limit of a stream in bytes of truesize; doubled likewise, and 4608 is the least. Setting it ends"
+        " autotuning. Datagrams are never queued: for them it does nothing.",
+        "SO_REUSEADDR": "Streams: may be bound to a port that connections still use, TIME-WAIT included; never to one on"
+        " which another socket listens. Datagrams: sockets that all have it share a port.",
+        "SO_REUSEPORT": "Datagrams: the same as SO_REUSEADDR. Streams: nothing.",
+        "SO_BROADCAST": "Datagrams may be sent to a broadcast address.",
+        "SO_KEEPALIVE": "An idle peer is probed, and the connection fails with ETIMEDOUT when it does not answer.",
+        "SO_LINGER": "`struct linger`. On with 0 seconds: closing resets the connection. Everything else is kept and does"
+        " nothing, since closing never waits.",
+        "SO_ERROR": "The errno that waits to be reported, 0 for none; reading it clears it.",
+        "SO_TYPE": "SOCK_STREAM or SOCK_DGRAM.",
+        "SO_DOMAIN": "AF_INET.",
+        "SO_PROTOCOL": "IPPROTO_TCP or IPPROTO_UDP.",
+        "SO_ACCEPTCONN": "Whether the socket listens.",
+    },
+    "IPPROTO_TCP": {
+        "TCP_NODELAY": "Small segments do not wait for the acknowledgment of earlier ones (Nagle). Setting it sends what"
+        " waits.",
+        "TCP_CORK": "The last segment waits until it is full, or until this is cleared; without the limit of 200 ms that"
+        " Linux has.",
+        "TCP_MAXSEG": "Upper bound of the payload that we put into a segment, in bytes; from the next handshake, or change of"
+        " the path MTU, on. Reading gives the payload of a full segment as it is now.",
+        "TCP_KEEPIDLE": "Idle seconds before the first keepalive probe.",
+        "TCP_KEEPINTVL": "Seconds between keepalive probes.",
+        "TCP_KEEPCNT": "Keepalive probes that go unanswered before the connection fails.",
+        "TCP_SYNCNT": "Retransmissions of our SYN before connecting fails.",
+        "TCP_USER_TIMEOUT": "Milliseconds that sent data may stay unacknowledged before the connection fails (RFC 5482); 0:"
+        " as many timeouts as configured.",
+    },
+    "IPPROTO_IP": {
+        "IP_TOS": "The type-of-service byte of what the socket sends.",
+        "IP_TTL": "The time to live of what the socket sends.",
+    },
+}
+"""What each option means, by level and name."""
+
+
+# -- reading the code --------------------------------------------------------------------------------------------------------
+
+
+def attribute_docs(kind: type) -> dict[str, str]:
+    """The docstrings behind the attributes of the class `kind`, in its body or in its `__init__`, as one line each."""
+    tree = ast.parse(dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    found = dict(_documented(tree.body))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            found.update(_documented(node.body))
+    return found
+
+
+def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for statement, following in pairwise(body):
+        if isinstance(statement, ast.Assign):
+            target = statement.targets[0]
+        elif isinstance(statement, ast.AnnAssign):
+            target = statement.target
+        else:
+            continue
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            name = target.attr if isinstance(target, ast.Attribute) else ast.unparse(target)
+            yield name, " ".join(str(following.value.value).split())
+
+
+@cache
+def _sources() -> dict[str, ast.Module]:
+    return {str(path.relative_to(SOURCE)): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def _files_with(is_it: Callable[[ast.AST], bool]) -> list[str]:
+    return [file for file, tree in _sources().items() if any(is_it(node) for node in ast.walk(tree))]
+
+
+def files_that_drop(reason: str) -> list[str]:
+    """The files of ustack/ that name `DropReason.reason`."""
+    return _files_with(
+        lambda node: (
+            isinstance(node, ast.Attribute)
+            and node.attr == reason
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "DropReason"
+        )
+    )
+
+
+def files_that_count(counter: str) -> list[str]:
+    """The files of ustack/ that add to `counter`."""
+    return _files_with(
+        lambda node: isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Attribute) and node.target.attr == counter
+    )
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------------
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["-"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _in_files(files: list[str]) -> str:
+    return ", ".join(f"`{file}`" for file in files) or NOWHERE
+
+
+def drop_reasons() -> str:
+    """The page of the drop reasons."""
+    docs = attribute_docs(DropReason)
+    rows = [[f"`{reason.name}`", docs[reason.name], _in_files(files_that_drop(reason.name))] for reason in DropReason]
+    return f"""# Drop reasons
+
+Why a packet, in or out, went no further: the members of `DropReason` in `ustack/drops.py`. Names are those of the kernel's
+`enum skb_drop_reason` wherever it has one for the case. A drop is counted where it is decided, and never logged. `ustack nstat`
+shows the reasons that occurred, and `stack.drops.by_name()` does in a program.
+
+{_table(["reason", "why", "decided in"], rows)}
+
+Files are those of `ustack/`. A reason that "{NOWHERE}" decides on has its name already and stays at zero.
+"""
+
+
+def counters() -> str:
+    """The page of the counters."""
+    docs = attribute_docs(Mib)
+    rows = [[f"`{name}`", docs[name], _in_files(files_that_count(name))] for name in Mib.__slots__]
+    return f"""# Counters
+
+What `ustack nstat` shows, and `stack.mib.as_dict()` in a program: the attributes of `Mib` in `ustack/mib.py`, under the names
+of the kernel's `/proc/net/snmp` and `/proc/net/netstat`. All count up from zero when the stack is made, and are never reset.
+Packets that were dropped are counted by [reason](drop-reasons.md) as well; frames and bytes of a device are in its `stats`.
+
+{_table(["counter", "counts", "counted in"], rows)}
+
+Files are those of `ustack/`. A counter that "{NOWHERE}" counts is there because tools expect its name, and stays at zero.
+"""
+
+
+def tcp_settings() -> str:
+    """The page of `TcpConfig`."""
+    docs = attribute_docs(TcpConfig)
+    rows = [[f"`{field.name}`", f"{_value(field.default, docs[field.name])}", docs[field.name]] for field in fields(TcpConfig)]
+    return f"""# Settings of TCP
+
+The limits and times that people argue about: the fields of `TcpConfig` in `ustack/transport/tcp/config.py`. A program hands
+one to its stack, `Stack(tcp=TcpConfig(time_wait=1.0))`; the daemon's [configuration file](configuration.md) has them in its
+section `[tcp]`. Names are those of the Linux sysctls `net.ipv4.tcp_*` where there is one.
+
+{_table(["setting", "default", "what it is"], rows)}
+"""
+
+
+def _value(value: object, doc: str) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, int) and value >= 1024 and "bytes" in doc.lower():
+        return f"{value} ({value >> 20} MiB)" if not value % (1 << 20) else f"{value} ({value >> 10} KiB)"
+    return str(value)
+
+
+def socket_options() -> str:
+    """The page of the socket options."""
+    described = {(getattr(names, level), getattr(names, name)) for level, options in OPTIONS.items() for name in options}
+    assert described == SETTERS.keys() | GETTERS.keys(), "OPTIONS must have what the tables in ustack/socket_options.py have"
+    with closing(Stack(memory=1 << 20)) as stack, stack.socket() as stream, stack.socket(type=names.SOCK_DGRAM) as datagram:
+        tables = "\n\n".join(
+            f"## {level}\n\n"
+            + _table(
+                ["option", "values", "at first", "what it does"],
+                [[f"`{name}`", *_asked(stream, datagram, level, name), text] for name, text in options.items()],
+            )
+            for level, options in OPTIONS.items()
+        )
+    return f"""# Socket options
+
+What `setsockopt` and `getsockopt` of a socket of ours know: the tables `SETTERS` and `GETTERS` in
+`ustack/socket_options.py`. Names and meanings are those of socket(7), tcp(7) and ip(7). An option that is not here fails with
+ENOPROTOOPT, a value out of range with EINVAL. What a listener has is inherited by the connections that it accepts. An option of
+TCP on a datagram socket is taken and does nothing.
+
+{tables}
+
+"At first" is the value on a new socket; where streams and datagrams differ, it is that of streams and then that of datagrams.
+
+The right to use the reserve has no option, as it has none in the kernel: `Socket.set_memalloc(True)` gives it, see
+[Memory and the reserve](../explanation/memory-and-reserve.md).
+"""
+
+
+def _asked(stream: Socket, datagram: Socket, level_name: str, option_name: str) -> tuple[str, str]:
+    level, option = getattr(names, level_name), getattr(names, option_name)
+    first = [_first(each.getsockopt(level, option)) for each in (stream, datagram)]
+    at_first = first[0] if first[0] == first[1] else " / ".join(first)
+    if (level, option) not in SETTERS:
+        return "to be read only", at_first
+    if isinstance(stream.getsockopt(level, option), bytes):
+        return "two ints", at_first
+    lowest, highest = _range(stream, level, option)
+    if (lowest, highest) != (INT_MIN, INT_MAX):
+        return f"{lowest} to {highest}", at_first
+    stream.setsockopt(level, option, 7)
+    flag = stream.getsockopt(level, option) == 1
+    return ("not 0 is on" if flag else "any"), ("off" if at_first == "0" and flag else at_first)
+
+
+def _first(value: int | bytes) -> str:
+    return "off" if isinstance(value, bytes) else str(value)
+
+
+def _range(sock: Socket, level: int, option: int) -> tuple[int, int]:
+    """The lowest and the highest value that the option takes; what is between them it takes as well."""
+
+    def takes(value: int) -> bool:
+        try:
+            sock.setsockopt(level, option, value)
+        except OSError:
+            return False
+        return True
+
+    inside = next(value for value in (1, 100, 1000) if takes(value))
+    return _edge(takes, inside, INT_MIN), _edge(takes, inside, INT_MAX)
+
+
+def _edge(takes: Callable[[int], bool], good: int, bad: int) -> int:
+    if takes(bad):
+        return bad
+    while abs(bad - good) > 1:
+        middle = (good + bad) // 2
+        if takes(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
+
+
+PAGES: Final[dict[str, Callable[[], str]]] = {
+    "drop-reasons.md": drop_reasons,
+    "counters.md": counters,
+    "socket-options.md": socket_options,
+    "tcp-settings.md": tcp_settings,
+}
+
+
+def rendered(name: str) -> str:
+    """The page `name` as it should be."""
+    text = PAGES[name]()
+    note = "<!-- Made by tools/reference_pages.py: change the docstrings that it reads, then run it. -->"
+    return re.sub("\n", f"\n\n{note}\n", text, count=1)
+
+
+def main() -> None:
+    """Write all pages."""
+    for name in PAGES:
+        (REFERENCE / name).write_text(rendered(name))
+
+
+if __name__ == "__main__":
+    main()
