@@ -262,6 +262,8 @@ def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropRe
         if ack != conn.snd_nxt:
             conn.tcp.reset_stray(conn)
             return DropReason.TCP_INVALID_ACK
+        if conn.listener is not None and not conn.listener.may_establish():
+            return DropReason.LISTEN_OVERFLOW  # forgotten: our SYN-ACK, sent again, asks for it again
         conn.snd_una = una = ack
         if segment.flags & SYN:
             segment.window >>= max(conn.snd_wscale, 0)  # the window of a SYN is not scaled (RFC 7323, section 2.2): undo below
@@ -271,8 +273,6 @@ def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropRe
         conn.snd_wl2 = ack
         conn.enter(State.ESTABLISHED)
         _established(conn)
-        if conn.error or conn.key not in conn.tcp.connections:  # the listener had no room
-            return DropReason.LISTEN_OVERFLOW
     if ack > conn.snd_nxt or ack < una - conn.max_window:
         output.send_challenge_ack(conn)
         return DropReason.TCP_INVALID_ACK

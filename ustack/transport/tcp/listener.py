@@ -61,16 +61,21 @@ class Listener:
         output.send_syn(conn)
         timers.set(conn.retransmit_timer, timers.now + conn.rtt.rto)
 
+    def may_establish(self) -> bool:
+        """Whether a handshake may be completed now; counts the refusal when the queue has filled since its SYN
+        (tcp_v4_syn_recv_sock). The peer is not reset, as with tcp_abort_on_overflow off: it may succeed later.
+        """
+        if len(self.queue) <= self.backlog:
+            return True
+        mib = self.tcp.env.mib
+        mib.TcpExtListenOverflows += 1
+        mib.TcpExtListenDrops += 1
+        return False
+
     def on_established(self, conn: Connection) -> None:
-        """The handshake of `conn` is done: it may be accepted, or is reset when the queue has filled meanwhile."""
+        """The handshake of `conn` is done: it may be accepted."""
         self.half_open.discard(conn)
         conn.listener = None
-        if len(self.queue) > self.backlog:
-            mib = self.tcp.env.mib
-            mib.TcpExtListenOverflows += 1
-            mib.TcpExtListenDrops += 1
-            conn.abort(0)
-            return
         self.tcp.env.mib.TcpPassiveOpens += 1
         self.queue.append(conn)
         self.tcp.schedule_wake(self)
