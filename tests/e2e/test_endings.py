@@ -68,17 +68,19 @@ async def test_the_kernel_may_close_its_direction_first_and_still_hear_the_rest(
 
 async def test_nc_may_be_the_server(stack_on_tap: StackOnTap, netns: Namespace) -> None:
     stack = await stack_on_tap()
-    server = netns.popen(
-        require_tool("socat"), "-d", "-d", f"TCP-LISTEN:1004,bind={KERNEL}", "EXEC:tr a-z A-Z", stderr=subprocess.STDOUT
-    )
+    command = (require_tool("nc"), "-n", "-l", "-v", "-N", KERNEL, "1004")
+    server = netns.popen(*command, stdin=subprocess.PIPE, stderr=subprocess.STDOUT)
     await said(server, LISTENING)
     reader, writer = await stack.open_connection(KERNEL, 1004)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(b"what nc says")
+    server.stdin.close()
     with closing(writer):
-        writer.write(b"syn ack ")
-        writer.write_eof()
         async with asyncio.timeout(10):
-            assert await reader.read() == b"SYN ACK "
-    assert await asyncio.to_thread(server.wait, 10) == 0
+            assert await reader.read() == b"what nc says"
+        writer.write(b"what we say")
+    assert (await asyncio.to_thread(server.stdout.read)).endswith(b"what we say")
 
 
 async def test_a_thousand_short_connections_from_the_kernel(stack_on_tap: StackOnTap, netns: Namespace) -> None:
