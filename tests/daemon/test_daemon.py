@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +22,6 @@ from ustack.cli.control import call
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.netns import Namespace
 
@@ -235,6 +235,25 @@ async def test_nc_connects_and_both_directions_end_by_themselves(daemon: Running
     async with await asyncio.start_server(answer, sock=listener):
         done = await daemon.ustack("nc", KERNEL, str(listener.getsockname()[1]), stdin=data)
     assert done.stdout == data[::-1]
+
+
+async def test_a_connection_through_it_leaves_no_descriptor_open(daemon: RunningDaemon) -> None:
+    def descriptors() -> int:
+        return len(list(Path(f"/proc/{daemon.program.pid}/fd").iterdir()))
+
+    listener = daemon.namespace.open(socket.create_server, (KERNEL, 0))
+    before = descriptors()
+    async with await asyncio.start_server(shout, sock=listener):
+        for _ in range(3):
+            await daemon.ustack("nc", KERNEL, str(listener.getsockname()[1]), stdin=b"hello")
+    async with asyncio.timeout(5):
+        while descriptors() > before:
+            await asyncio.sleep(0.01)
+
+
+async def shout(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write((await reader.read()).upper())
+    writer.close()
 
 
 async def test_nc_listens(daemon: RunningDaemon) -> None:

@@ -30,7 +30,6 @@ from ustack.daemon import reports
 from ustack.daemon.ping import PingSeries
 from ustack.daemon.relay import DatagramEnd, StreamEnd, accept_datagrams
 from ustack.socket import pack_host, unpack_host
-from ustack.transport.options import SocketOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,7 +221,8 @@ class Session(asyncio.Protocol):
         if error is None:
             self._send({"ok": ok})
         else:
-            self._send({"error": {"errno": error.errno or errno.EIO, "message": error.strerror or str(error)}})
+            code = error.errno if error.errno and error.errno > 0 else errno.EINVAL  # gaierror has numbers of its own
+            self._send({"error": {"errno": code, "message": error.strerror or str(error)}})
 
     async def _ping(
         self,
@@ -248,16 +248,20 @@ class Session(asyncio.Protocol):
 
     # -- connections --
 
-    def _wait_for_peer(self) -> None:
+    def _wait_for_peer(self, port: object) -> None:
+        if not isinstance(port, int) or not 0 < port < 65536:
+            raise OSError(errno.EINVAL, f"{port!r} is no port: allowed is 1 to 65535")
         if self._leaving:
             raise OSError(errno.EPIPE, "a connection is of no use to a client that has ended its side")
         self._waits_for_peer = True
 
     async def _connect(self, host: str, port: int, memalloc: bool = False, udp: bool = False) -> None:
-        self._wait_for_peer()
+        self._wait_for_peer(port)
         stack = self._server.stack
         if udp:
-            datagrams = stack.udp.socket(SocketOptions(memalloc=memalloc))
+            if memalloc:
+                raise OSError(errno.EOPNOTSUPP, "memalloc is for TCP")
+            datagrams = stack.udp.socket()
             try:
                 stack.tick()
                 datagrams.connect(pack_host(host) or bytes(4), port)
@@ -272,7 +276,7 @@ class Session(asyncio.Protocol):
 
     async def _listen(self, port: int, host: str | None = None, udp: bool = False) -> None:
         """Take one connection; a datagram's sender counts as one."""
-        self._wait_for_peer()
+        self._wait_for_peer(port)
         stack = self._server.stack
         arrived: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 

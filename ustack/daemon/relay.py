@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 class StreamEnd(asyncio.Protocol):
     """One end of a relayed stream. `join` two of them; what arrives before that waits."""
 
-    __slots__ = ("_other", "transport")
+    __slots__ = ("_ended", "_other", "transport")
 
     def __init__(self) -> None:
         self.transport: Any = None
         self._other: StreamEnd | None = None
+        self._ended = False
 
     def connection_made(self, transport: Any) -> None:
         """Read nothing yet: there is nobody to hand it to."""
@@ -40,10 +41,15 @@ class StreamEnd(asyncio.Protocol):
         self._other.transport.write(data)
 
     def eof_received(self) -> bool:
-        """Hand on; this direction is over, the other is not."""
-        assert self._other is not None
-        if not self._other.transport.is_closing():
-            self._other.transport.write_eof()
+        """Hand on: this direction is over. When the other one is over too, both ends are closed."""
+        other = self._other
+        assert other is not None
+        self._ended = True
+        if other._ended:
+            other.transport.close()
+            return False
+        if not other.transport.is_closing():
+            other.transport.write_eof()
         return True
 
     def pause_writing(self) -> None:
