@@ -94,6 +94,21 @@ class User:
         self.sent = 0
         self.received = 0
 
+    @property
+    def acknowledged(self) -> int:
+        """SND.UNA, relative."""
+        return self.conn.snd_una - self.conn.iss
+
+    @property
+    def expected(self) -> int:
+        """RCV.NXT, relative."""
+        return self.conn.rcv_nxt - self.conn.irs
+
+    @property
+    def edge(self) -> int:
+        """The right edge of our window, relative."""
+        return self.conn.rcv_adv - self.conn.irs
+
     def is_in(self, state: State) -> bool:
         """Whether the connection is in `state`."""
         return self.conn.state is state
@@ -337,6 +352,15 @@ class Peer:
         )
         self.settle()
         self.mark = self.world.now
+
+    def fills_the_window(self, user: User) -> int:
+        """Send all that our window takes; returns how many bytes that is. Our answers are ignored."""
+        before = self.nxt
+        while user.edge > self.nxt:
+            self.sends(ACK, length=min(user.edge - self.nxt, 1460))
+            self.ignores()
+        assert user.expected == self.nxt, "not all of it was taken"
+        return self.nxt - before
 
     def returns(self) -> None:
         """The peer opens a new connection with the numbers of the old one: forget what was learned."""
