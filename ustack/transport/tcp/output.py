@@ -97,7 +97,7 @@ def receive_window(conn: Connection) -> int:
     if scale:
         window = window >> scale << scale
     if window < promised:
-        return promised
+        return (promised + (1 << scale) - 1) >> scale << scale  # rounded down, its edge would move left (RFC 7323, section 2.4)
     return window
 
 
