@@ -105,7 +105,7 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
     # Fifth, ACK.
     if not flags & ACK:
         return DropReason.TCP_FLAGS
-    if 0 <= age < HALF and seq <= conn.last_ack_sent:
+    if age >= 0 and seq <= conn.last_ack_sent:
         conn.ts_recent = segment.ts_val
         conn.ts_recent_at = conn.tcp.env.timers.now
     reason = _process_ack(conn, segment, seq)
