@@ -25,6 +25,9 @@ HALF: Final = 1 << 31
 PAWS_EXPIRES: Final = 24 * 86400.0
 """Seconds after which a remembered timestamp proves nothing any more (RFC 7323, section 5.5)."""
 
+MSS_DEFAULT: Final = 536
+"""Bytes of a full segment until larger ones are seen (RFC 9293, section 3.7.1)."""
+
 DELACK_PINGPONG_SEGMENTS: Final = 2
 """Full segments that may arrive per acknowledgment (RFC 9293, section 3.8.6.3)."""
 
@@ -184,7 +187,7 @@ def accept_syn(conn: Connection, segment: ArrivingSegment) -> None:
     if conn.snd_wscale < 0:
         conn.rcv_wscale = 0
     output.sync_mss(conn)
-    conn.rcv_mss = min(conn.mss, conn.adv_mss)
+    conn.rcv_mss = min(conn.mss, conn.adv_mss, MSS_DEFAULT)  # grows with what arrives (tcp_initialize_rcv_mss)
     conn.cc.cwnd = conn.tcp.config.initial_window * conn.mss
     conn.rcvq_space = conn.tcp.config.initial_window * conn.adv_mss
     if not conn.options.rcvbuf:
