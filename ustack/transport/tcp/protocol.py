@@ -283,10 +283,12 @@ class Tcp:
         """Whether one more challenge ACK may be sent in this second (RFC 5961, section 7)."""
         second = int(self.env.timers.now)
         if second != self._challenge_second:
+            # Not exactly the limit, or who can draw challenges can count those of others by it (CVE-2016-5696).
+            limit = self.config.challenge_ack_limit
             self._challenge_second = second
-            self._challenges = 0
-        self._challenges += 1
-        return self._challenges <= self.config.challenge_ack_limit
+            self._challenges = (limit + 1) // 2 + self.env.random.randrange(max(limit, 1))
+        self._challenges -= 1
+        return self._challenges >= 0
 
     # -- opening --
 
