@@ -59,7 +59,6 @@ class Connection:
         "ack_due",
         "adv_mss",
         "cc",
-        "challenge_at",
         "delack_timer",
         "error",
         "fin_seq",
@@ -113,6 +112,7 @@ class Connection:
         "sndbuf",
         "soft_error",
         "state",
+        "stray_at",
         "tcp",
         "ts_offset",
         "ts_ok",
@@ -176,7 +176,7 @@ class Connection:
         self.pingpong = False
         self.last_received = now
         self.last_sent = now
-        self.challenge_at = 0.0
+        self.stray_at = now
         self.rcv_mss = 536
         self.win_ratio = RATIO_INITIAL
         self.rcvbuf = options.rcvbuf or config.rmem_default

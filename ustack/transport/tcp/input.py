@@ -31,6 +31,11 @@ MSS_DEFAULT: Final = 536
 DELACK_PINGPONG_SEGMENTS: Final = 2
 """Full segments that may arrive per acknowledgment (RFC 9293, section 3.8.6.3)."""
 
+STRAY_PAUSE: Final = 0.5
+"""Seconds between answers to bare ACKs from outside the window: two ends that disagree must not answer each other for ever
+(tcp_invalid_ratelimit).
+"""
+
 RATIO_MIN: Final = 32
 RATIO_MAX: Final = 240
 """Bounds of `win_ratio`, in 256ths: however small or large segments are, the window stays within them."""
@@ -135,7 +140,11 @@ def _unacceptable(conn: Connection, segment: ArrivingSegment, seq: int, end: int
         _process_ack(conn, segment, seq)
         if conn.state is CLOSE:
             return DropReason.TCP_CLOSE
-    _duplicate_ack(conn)
+    now = conn.tcp.env.timers.now
+    if segment.length or flags & FIN or now >= conn.stray_at:
+        if not segment.length:
+            conn.stray_at = now + STRAY_PAUSE
+        _duplicate_ack(conn)
     if seq >= conn.rcv_adv:
         return DropReason.TCP_ZEROWINDOW if conn.rcv_adv == conn.rcv_nxt else DropReason.TCP_OVERWINDOW
     return DropReason.TCP_OLD_DATA
