@@ -162,6 +162,8 @@ class Connection:
 
         self.mtu = path.mtu
         self.adv_mss = path.mtu - path.l4 + ETH_HLEN - HEADER_LEN
+        if options.maxseg:
+            self.adv_mss = min(self.adv_mss, options.maxseg)
         self.peer_mss = 536
         self.mss = 536
         self.sack_ok = False
