@@ -277,7 +277,9 @@ class Connection:
         taken = 0 if short else queue.append(view, self.sndbuf, self.gfp)
         if taken:
             complete = taken == len(view)
-            if not (more and complete):
+            if more and complete:
+                output.hold(self)
+            else:
                 output.push(self)
             if complete:
                 return taken

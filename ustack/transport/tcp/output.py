@@ -299,8 +299,15 @@ def push(conn: Connection) -> None:
     fin_wanted = conn.shutdown_mask & SHUT_WR != 0
     if conn.snd_nxt < queue.end or (fin_wanted and conn.snd_nxt == queue.end):
         _send_new(conn, fin_wanted)
-        if not inflight.segments and not conn.retransmit_timer.pending:
-            conn.tcp.env.timers.set(conn.retransmit_timer, conn.tcp.env.timers.now + persist_timeout(conn))
+        if not inflight.segments:
+            hold(conn)
+
+
+def hold(conn: Connection) -> None:
+    """Data waits: for room in the window, or for more of it. What nothing else brings on its way, the timer does."""
+    if not conn.inflight.segments and not conn.retransmit_timer.pending:
+        timers = conn.tcp.env.timers
+        timers.set(conn.retransmit_timer, timers.now + persist_timeout(conn))
 
 
 def force_out(conn: Connection) -> bool:
