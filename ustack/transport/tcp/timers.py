@@ -43,14 +43,21 @@ def _retransmit_syn(conn: Connection) -> None:
 
 def _retransmit(conn: Connection) -> None:
     timers = conn.tcp.env.timers
-    if _gives_up(conn, conn.retries):
-        return
-    conn.retries += 1
+    if not _window_was_shut(conn):
+        if _gives_up(conn, conn.retries):
+            return
+        conn.retries += 1
     conn.tcp.env.mib.TcpExtTCPTimeouts += 1
     conn.recovery.on_timeout(conn)
     conn.rtt.backoff()
     output.push(conn)
     timers.set(conn.retransmit_timer, timers.now + conn.rtt.rto)
+
+
+def _window_was_shut(conn: Connection) -> bool:
+    """Whether the peer has taken back the window of what is out, but is there: that counts as a probe (RFC 9293, 3.8.6.1)."""
+    silence = conn.tcp.env.timers.now - conn.last_received
+    return conn.snd_wnd == 0 and not conn.orphan and silence <= 2 * conn.tcp.config.rto_max
 
 
 def _gives_up(conn: Connection, attempts: int) -> bool:
