@@ -78,14 +78,14 @@ def _gives_up(conn: Connection, attempts: int) -> bool:
 def _probe_window(conn: Connection) -> None:
     """Ask whether the window is still closed; send what fits it, however little (RFC 9293, section 3.8.6.1).
 
-    As long as the peer answers, this goes on for ever.
+    As long as the peer answers, this goes on for ever, unless the user has closed the connection (RFC 6429).
     """
-    if conn.snd_nxt > conn.send_queue.end or _gives_up(conn, conn.probes):
+    if conn.snd_nxt > conn.send_queue.end or _gives_up(conn, conn.persist_shift if conn.orphan else conn.probes):
         return
-    conn.probes += 1
-    conn.persist_shift += 1
-    conn.tcp.env.mib.TcpExtTCPWinProbe += 1
     if not output.force_out(conn):
+        conn.probes += 1
+        conn.persist_shift += 1
+        conn.tcp.env.mib.TcpExtTCPWinProbe += 1
         output.send_probe(conn)
         timers = conn.tcp.env.timers
         timers.set(conn.retransmit_timer, timers.now + output.persist_timeout(conn))
