@@ -420,7 +420,7 @@ def _retransmit_lost(conn: Connection) -> None:
     in_flight = inflight.in_flight()
     for index in inflight.lost_segments():
         segment = inflight.segments[index]
-        if in_flight > 0 and in_flight + mss > cwnd:
+        if inflight.retrans > 0 and in_flight + mss > cwnd:  # the first goes whatever the window says (RFC 6675, section 5, 4.3)
             break
         if segment.seq >= window_end and index:
             break
