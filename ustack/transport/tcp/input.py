@@ -252,7 +252,7 @@ def _established(conn: Connection) -> None:
     conn.last_received = now
     conn.rcvq_time = now
     conn.nagle_end = conn.snd_una
-    conn.recovery.point = conn.snd_una
+    conn.recovery.point = conn.iss
     timers.start_keepalive(conn)
     conn.path.neighbour.confirm()
     if not conn.options.sndbuf:
