@@ -81,19 +81,25 @@ class Inflight:
     # -- what the peer says --
 
     def on_ack(self, una: int) -> float:
-        """Everything before `una` is acknowledged. Returns when the last segment covered that was sent only once was sent, or
-        -1.
+        """Everything before `una` is acknowledged. Returns when the last segment covered was sent, or -1 when that says nothing
+        because one of them was sent twice (Karn).
         """
         sent_at = -1.0
+        clean = True
         segments = self.segments
         done = 0
         for segment in segments:
             if segment.end > una:
                 break
-            if not segment.flags & (EVER_RETRANS | SACKED):
+            flags = segment.flags
+            if not flags:
                 sent_at = segment.sent_at
-            if segment.flags:
-                self._forget(segment.flags, segment.end - segment.seq)
+            else:
+                if flags & EVER_RETRANS:
+                    clean = False
+                elif not flags & SACKED:
+                    sent_at = segment.sent_at
+                self._forget(flags, segment.end - segment.seq)
             done += 1
         if done:
             del segments[:done]
@@ -102,7 +108,7 @@ class Inflight:
             if segment.flags:
                 self._forget(segment.flags, una - segment.seq)
             segment.seq = una
-        return sent_at
+        return sent_at if clean else -1.0
 
     def _forget(self, flags: int, length: int) -> None:
         if flags & SACKED:
