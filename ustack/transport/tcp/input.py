@@ -244,7 +244,8 @@ def _established(conn: Connection) -> None:
     now = env.timers.now
     conn.retransmit_timer.cancel()
     if conn.retries:
-        conn.rtt.end_backoff()
+        conn.rtt.on_lost_syn()
+        conn.cc.cwnd = conn.mss  # RFC 5681, section 3.1
     else:
         conn.rtt.on_sample(now - conn.last_sent)
     conn.rcv_rtt = max(conn.rtt.srtt, 0.001)

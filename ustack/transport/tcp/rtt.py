@@ -11,13 +11,16 @@ ALPHA: Final = 1 / 8
 BETA: Final = 1 / 4
 K: Final = 4
 
+AFTER_LOST_SYN: Final = 3.0
+"""Seconds of the first timeout of data when the SYN was lost (RFC 6298, section 5.7)."""
+
 
 class RttEstimator:
     """Smoothed RTT, its variation and the RTO that follows from them; all in seconds. `backoff` doubles the RTO, a new sample
     ends that.
     """
 
-    __slots__ = ("_config", "backoff_shift", "latest", "minimum", "rto", "rttvar", "srtt")
+    __slots__ = ("_config", "backoff_shift", "initial", "latest", "minimum", "rto", "rttvar", "srtt")
 
     def __init__(self, config: TcpConfig) -> None:
         self._config = config
@@ -26,7 +29,8 @@ class RttEstimator:
         self.latest = 0.0
         self.minimum = 0.0
         self.backoff_shift = 0
-        self.rto = config.initial_rto
+        self.initial = config.initial_rto
+        self.rto = self.initial
 
     def on_sample(self, rtt: float) -> None:
         """Take the RTT of a segment that was sent once only (Karn's rule; RFC 6298, sections 2 and 3)."""
@@ -49,6 +53,12 @@ class RttEstimator:
         self.backoff_shift += 1
         self._update()
 
+    def on_lost_syn(self) -> None:
+        """The connection is made, but its SYN was sent more than once: there is no sample, and no hurry (RFC 6298, section 5.7)."""
+        self.backoff_shift = 0
+        self.initial = max(self.initial, AFTER_LOST_SYN)
+        self._update()
+
     def end_backoff(self) -> None:
         """Everything outstanding is acknowledged: the next timeout starts small again."""
         if self.backoff_shift:
@@ -57,7 +67,7 @@ class RttEstimator:
 
     def _update(self) -> None:
         config = self._config
-        rto = config.initial_rto
+        rto = self.initial
         if self.srtt != 0.0:
             rto = self.srtt + max(K * self.rttvar, config.rto_min)
         if self.backoff_shift:
