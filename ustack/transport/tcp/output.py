@@ -42,6 +42,10 @@ SKB_MAX: Final = IP_TOTAL_MAX - 20 - HEADER_LEN - TS_LEN
 MIN_MSS: Final = 48
 """Bytes of payload below which no path MTU pushes a segment (tcp_min_snd_mss)."""
 
+SACK_HEADER: Final = 4
+SACK_BLOCK: Final = 8
+"""Bytes that the SACK option and each block take (RFC 2018, section 3)."""
+
 ACK_NONE: Final = 0
 ACK_DELAYED: Final = 1
 """An acknowledgment is owed; the timer sends it if nothing else does."""
@@ -69,6 +73,12 @@ def sync_mss(conn: Connection) -> None:
     conn.mss = max(mss, MIN_MSS)
     conn.cc.mss = conn.mss
     conn.send_queue.goal = max(SKB_MAX // conn.mss * conn.mss, conn.mss)
+
+
+def _beside_blocks(conn: Connection) -> int:
+    """Payload of a full segment that carries our SACK blocks as well (RFC 6691)."""
+    blocks = len(conn.receive_queue.sack_blocks(3 if conn.ts_ok else 4))
+    return conn.mss - SACK_HEADER - SACK_BLOCK * blocks
 
 
 def _largest_payload(conn: Connection, mss: int) -> int:
@@ -312,7 +322,8 @@ def hold(conn: Connection) -> None:
 
 def force_out(conn: Connection) -> bool:
     """The persist timer expired: send what fits the window, however little it is. False when the window is closed."""
-    size = min(conn.send_queue.end - conn.snd_nxt, conn.snd_una + conn.snd_wnd - conn.snd_nxt, conn.mss)
+    mss = _beside_blocks(conn) if conn.receive_queue.ofo and conn.sack_ok else conn.mss
+    size = min(conn.send_queue.end - conn.snd_nxt, conn.snd_una + conn.snd_wnd - conn.snd_nxt, mss)
     if size <= 0:
         return False
     now = conn.tcp.env.timers.now
@@ -337,6 +348,8 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
     recovery = conn.recovery
     cc = conn.cc
     mss = conn.mss
+    if conn.receive_queue.ofo and conn.sack_ok:
+        mss = _beside_blocks(conn)
     end = conn.send_queue.end
     window_end = conn.snd_una + conn.snd_wnd
     if not inflight.segments and now - conn.last_sent > conn.rtt.rto:
@@ -414,6 +427,8 @@ def _retransmit_lost(conn: Connection) -> None:
     now = env.timers.now
     inflight = conn.inflight
     mss = conn.mss
+    if conn.receive_queue.ofo and conn.sack_ok:
+        mss = _beside_blocks(conn)
     cwnd = conn.cc.cwnd
     largest = _largest_payload(conn, mss)
     window_end = conn.snd_una + conn.snd_wnd
