@@ -314,7 +314,11 @@ def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropRe
                     conn.persist_shift = 0
             _ask_for_output(conn, window_changed)
             return None
-        duplicate = newly_sacked > 0 if conn.sack_ok else (ack == una and not segment.length and not window_changed)
+        duplicate = (
+            newly_sacked > 0
+            if conn.sack_ok
+            else (ack == una and not segment.length and not segment.flags & FIN and not window_changed)
+        )
         if duplicate:
             conn.recovery.on_ack(conn, 0, duplicate=True)
             _ask_for_output(conn, True)

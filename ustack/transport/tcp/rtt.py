@@ -54,7 +54,7 @@ class RttEstimator:
         self._update()
 
     def on_lost_syn(self) -> None:
-        """The connection is made, but its SYN was sent more than once: there is no sample, and no hurry (RFC 6298, section 5.7)."""
+        """The connection is made, but its SYN was sent twice: no sample, and no hurry (RFC 6298, section 5.7)."""
         self.backoff_shift = 0
         self.initial = max(self.initial, AFTER_LOST_SYN)
         self._update()
