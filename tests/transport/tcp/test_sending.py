@@ -1,4 +1,4 @@
-"""Which segments the user's writes become: MSS, Nagle, CORK, windows (RFC 9293, sections 3.7 and 3.8; RFC 1122, section 4.2.3.4)."""
+"""Which segments the user's writes become: MSS, Nagle, CORK, congestion window (RFC 9293, section 3.7; RFC 5681)."""
 
 from __future__ import annotations
 
