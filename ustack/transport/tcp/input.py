@@ -336,6 +336,7 @@ def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropRe
     conn.retries = 0
     conn.probes = 0
     conn.persist_shift = 0
+    conn.soft_error = 0
     queue = conn.send_queue
     queue.release(ack)
     conn.recovery.on_ack(conn, acked, duplicate=False)
