@@ -112,6 +112,7 @@ class Connection:
         "sndbuf",
         "soft_error",
         "state",
+        "stalled_at",
         "stray_at",
         "tcp",
         "ts_offset",
@@ -179,6 +180,7 @@ class Connection:
         self.last_received = now
         self.last_sent = now
         self.stray_at = now
+        self.stalled_at = now
         self.rcv_mss = 536
         self.win_ratio = RATIO_INITIAL
         self.rcvbuf = options.rcvbuf or config.rmem_default

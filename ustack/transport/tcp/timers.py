@@ -44,6 +44,8 @@ def _retransmit_syn(conn: Connection) -> None:
 def _retransmit(conn: Connection) -> None:
     timers = conn.tcp.env.timers
     if not _window_was_shut(conn):
+        if not conn.retries:
+            conn.stalled_at = conn.inflight.segments[0].sent_at
         if _gives_up(conn, conn.retries):
             return
         conn.retries += 1
@@ -51,7 +53,7 @@ def _retransmit(conn: Connection) -> None:
     conn.recovery.on_timeout(conn)
     conn.rtt.backoff()
     output.push(conn)
-    timers.set(conn.retransmit_timer, timers.now + conn.rtt.rto)
+    timers.set(conn.retransmit_timer, _next_attempt(conn, conn.rtt.rto))
 
 
 def _window_was_shut(conn: Connection) -> bool:
@@ -64,9 +66,8 @@ def _gives_up(conn: Connection, attempts: int) -> bool:
     """Fail the connection when it has gone unanswered too often or too long (R2 of RFC 9293, section 3.8.3; RFC 5482)."""
     config = conn.tcp.config
     user_timeout = conn.options.user_timeout
-    now = conn.tcp.env.timers.now
     if user_timeout and not conn.orphan:
-        over = attempts > 0 and now - max(conn.last_received, conn.last_sent) >= user_timeout
+        over = conn.tcp.env.timers.now - conn.stalled_at >= user_timeout
     else:
         over = attempts >= (config.orphan_retries if conn.orphan else config.retries2)
     if over:
@@ -75,20 +76,32 @@ def _gives_up(conn: Connection, attempts: int) -> bool:
     return over
 
 
+def _next_attempt(conn: Connection, pause: float) -> float:
+    """When to try again: in `pause` seconds, or when the user's patience ends."""
+    when = conn.tcp.env.timers.now + pause
+    if conn.options.user_timeout and not conn.orphan:
+        when = min(when, conn.stalled_at + conn.options.user_timeout)
+    return when
+
+
 def _probe_window(conn: Connection) -> None:
     """Ask whether the window is still closed; send what fits it, however little (RFC 9293, section 3.8.6.1).
 
     As long as the peer answers, this goes on for ever, unless the user has closed the connection (RFC 6429).
     """
-    if conn.snd_nxt > conn.send_queue.end or _gives_up(conn, conn.persist_shift if conn.orphan else conn.probes):
+    if conn.snd_nxt > conn.send_queue.end:
+        return
+    timers = conn.tcp.env.timers
+    if not conn.persist_shift:
+        conn.stalled_at = timers.now - conn.rtt.rto
+    if _gives_up(conn, conn.persist_shift if conn.orphan else conn.probes):
         return
     if not output.force_out(conn):
         conn.probes += 1
         conn.persist_shift += 1
         conn.tcp.env.mib.TcpExtTCPWinProbe += 1
         output.send_probe(conn)
-        timers = conn.tcp.env.timers
-        timers.set(conn.retransmit_timer, timers.now + output.persist_timeout(conn))
+        timers.set(conn.retransmit_timer, _next_attempt(conn, output.persist_timeout(conn)))
 
 
 def on_delack_timer(conn: Connection) -> None:
@@ -127,12 +140,13 @@ def on_keepalive_timer(conn: Connection) -> None:
     now = timers.now
     idle = now - conn.last_received
     wanted = options.keepidle or config.keepalive_time
+    keepcnt = options.keepcnt or config.keepalive_probes
     if conn.inflight.segments or conn.snd_nxt < conn.send_queue.end:
         timers.set(conn.keepalive_timer, now + wanted)  # the retransmission timer watches the peer meanwhile
     elif idle < wanted:
         conn.probes = 0
         timers.set(conn.keepalive_timer, conn.last_received + wanted)
-    elif conn.probes >= (options.keepcnt or config.keepalive_probes):
+    elif idle >= options.user_timeout if options.user_timeout and conn.probes else conn.probes >= keepcnt:
         conn.tcp.env.mib.TcpExtTCPAbortOnTimeout += 1
         conn.abort(conn.soft_error or errno.ETIMEDOUT)
     else:
