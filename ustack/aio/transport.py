@@ -188,8 +188,8 @@ class StreamTransport(asyncio.Transport):
             if taken == len(data):
                 return
             rest = memoryview(data)[taken:]
-        # A copy, since the caller may re-use its buffer.
-        self._waiting.append(memoryview(bytes(rest)))
+        # What the caller may change must be copied; what nobody can need not be.
+        self._waiting.append(memoryview(rest) if isinstance(data, bytes) else memoryview(bytes(rest)))
         self._size += len(rest)
         if self._size > self._high and not self._write_paused:
             self._write_paused = True

@@ -55,7 +55,17 @@ class TapDevice(Device):
     that of the moment of opening.
     """
 
-    __slots__ = ("_deliver", "_drops", "_fd", "_mode", "_receives_super_frames", "_tap", "_vnet_in", "_vnet_out")
+    __slots__ = (
+        "_deliver",
+        "_drops",
+        "_fd",
+        "_mode",
+        "_receives_super_frames",
+        "_tap",
+        "_vnet_fields",
+        "_vnet_in",
+        "_vnet_out",
+    )
 
     def __init__(self, name: str, *, mode: str = "paged", offload: bool = True, mac: bytes | None = None) -> None:
         if mode not in ("paged", "linear"):
@@ -76,6 +86,7 @@ class TapDevice(Device):
         self._mode = mode
         self._vnet_in = bytearray(vnet.HEADER_LEN)
         self._vnet_out = bytearray(vnet.HEADER_LEN)
+        self._vnet_fields = (0, NO_CSUM, 0, 0)
         super().__init__(
             self._tap.name,
             mac or b"\x02" + blake2s(self._tap.name.encode(), digest_size=5).digest(),
@@ -139,21 +150,27 @@ class TapDevice(Device):
         self, head: Buffer, payload: Sequence[Buffer], csum_start: int = 0, csum_offset: int = NO_CSUM, gso_size: int = 0
     ) -> bool:
         """Send the frame `head + payload`; False when the device refused it. See `Device.transmit`."""
-        header = self._vnet_out
-        if csum_offset == NO_CSUM:
-            vnet.HEADER.pack_into(header, 0, 0, 0, 0, 0, 0, 0)
-        else:
-            vnet.HEADER.pack_into(
-                header, 0, vnet.F_NEEDS_CSUM, vnet.GSO_TCPV4 if gso_size else 0, len(head), gso_size, csum_start, csum_offset
-            )
+        fields = (csum_start, csum_offset, gso_size, len(head))
+        if fields != self._vnet_fields:
+            self._describe(fields)
         stats = self.stats
         try:
-            stats.tx_bytes += os.writev(self._fd, [header, head, *payload]) - vnet.HEADER_LEN
+            stats.tx_bytes += os.writev(self._fd, [self._vnet_out, head, *payload]) - vnet.HEADER_LEN
         except OSError:
             stats.tx_errors += 1
             return False
         stats.tx_packets += 1
         return True
+
+    def _describe(self, fields: tuple[int, int, int, int]) -> None:
+        """Fill in the virtio-net header, which is the same for most frames in a row."""
+        self._vnet_fields = fields
+        csum_start, csum_offset, gso_size, head_len = fields
+        if csum_offset == NO_CSUM:
+            vnet.HEADER.pack_into(self._vnet_out, 0, 0, 0, 0, 0, 0, 0)
+        else:
+            gso_type = vnet.GSO_TCPV4 if gso_size else vnet.GSO_NONE
+            vnet.HEADER.pack_into(self._vnet_out, 0, vnet.F_NEEDS_CSUM, gso_type, head_len, gso_size, csum_start, csum_offset)
 
     def close(self) -> None:
         """Give the ring's memory back and release the interface."""

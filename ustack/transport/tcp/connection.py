@@ -69,9 +69,11 @@ class Connection:
         "keepalive_timer",
         "key",
         "last_ack_sent",
+        "last_data",
         "last_received",
         "last_sent",
         "listener",
+        "local_port",
         "max_window",
         "mss",
         "mtu",
@@ -97,6 +99,7 @@ class Connection:
         "reader",
         "receive_queue",
         "recovery",
+        "remote_port",
         "retransmit_timer",
         "retries",
         "rtt",
@@ -132,6 +135,8 @@ class Connection:
         self.tcp = tcp
         self.path = path
         self.key = key
+        self.local_port = int.from_bytes(key[-2:])
+        self.remote_port = int.from_bytes(key[-4:-2])
         self.options = options
         self.state = State.CLOSE
         self.listener: Listener | None = None
@@ -178,6 +183,7 @@ class Connection:
         self.quick_acks = QUICK_ACKS
         self.pingpong = False
         self.last_received = now
+        self.last_data = -1.0
         self.last_sent = now
         self.stray_at = now
         self.stalled_at = now
@@ -210,12 +216,12 @@ class Connection:
     @property
     def local(self) -> tuple[bytes, int]:
         """Our address (packed) and port."""
-        return self.path.src, int.from_bytes(self.key[-2:])
+        return self.path.src, self.local_port
 
     @property
     def remote(self) -> tuple[bytes, int]:
         """The peer's address (packed) and port."""
-        return self.path.dst, int.from_bytes(self.key[-4:-2])
+        return self.path.dst, self.remote_port
 
     @property
     def memalloc(self) -> bool:

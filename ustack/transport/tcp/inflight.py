@@ -33,7 +33,7 @@ class Segment:
 
     __slots__ = ("end", "fin", "flags", "sent_at", "seq")
 
-    def __init__(self, seq: int, end: int, sent_at: float, *, fin: bool = False) -> None:
+    def __init__(self, seq: int, end: int, sent_at: float, fin: bool = False) -> None:
         self.seq = seq
         self.end = end
         self.sent_at = sent_at

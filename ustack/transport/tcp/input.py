@@ -250,7 +250,7 @@ def _established(conn: Connection) -> None:
         conn.rtt.on_sample(now - conn.last_sent)
     conn.rcv_rtt = max(conn.rtt.srtt, 0.001)
     conn.retries = 0
-    conn.last_received = now
+    conn.last_received = conn.last_data = now
     conn.rcvq_time = now
     conn.nagle_end = conn.snd_una
     conn.recovery.point = conn.iss
@@ -458,6 +458,7 @@ def _take(conn: Connection, segment: ArrivingSegment, offset: int, size: int) ->
     """
     queue = conn.receive_queue
     frame = segment.frame
+    conn.last_data = conn.last_received
     if conn.reader is not None and not queue.queue and not conn.handed:
         buffer = conn.reader.buffer_for(size)
         if buffer is not None:

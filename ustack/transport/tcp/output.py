@@ -181,9 +181,12 @@ def transmit(conn: Connection, seq: int, length: int, flags: int) -> bool:
     head = path.head
     at = path.l4
     rcv_nxt = conn.rcv_nxt
-    window = receive_window(conn)
-    conn.rcv_adv = rcv_nxt + window
-    conn.rcv_wup = rcv_nxt
+    window = conn.rcv_adv - rcv_nxt
+    if rcv_nxt != conn.rcv_wup or window << 9 < conn.rcvbuf * conn.win_ratio:
+        # Something has arrived since, or the window is less than half open: see what it may be.
+        window = receive_window(conn)
+        conn.rcv_adv = rcv_nxt + window
+        conn.rcv_wup = rcv_nxt
     conn.ack_due = ACK_NONE
     conn.delack_timer.deadline = NEVER
     mss = conn.mss
@@ -198,12 +201,11 @@ def transmit(conn: Connection, seq: int, length: int, flags: int) -> bool:
         hlen += TS_LEN
         TS.pack_into(head, at + HEADER_LEN, TS_MARK, (int(now * 1000) + conn.ts_offset) & MASK32, conn.ts_recent)
     conn.last_ack_sent = rcv_nxt
-    key = conn.key
     HEADER.pack_into(
         head,
         at,
-        key[-2] << 8 | key[-1],
-        key[-4] << 8 | key[-3],
+        conn.local_port,
+        conn.remote_port,
         seq & MASK32,
         rcv_nxt & MASK32,
         hlen << 10 | flags,
@@ -345,6 +347,7 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
     env = conn.tcp.env
     now = env.timers.now
     inflight = conn.inflight
+    segments = inflight.segments
     recovery = conn.recovery
     cc = conn.cc
     mss = conn.mss
@@ -352,7 +355,7 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
         mss = _beside_blocks(conn)
     end = conn.send_queue.end
     window_end = conn.snd_una + conn.snd_wnd
-    if not inflight.segments and now - conn.last_sent > conn.rtt.rto:
+    if not segments and now - conn.last_sent > conn.rtt.rto:
         # Restart after idling (RFC 5681, section 4.1).
         cc.cwnd = min(cc.cwnd, conn.tcp.config.initial_window * mss)
     in_flight = inflight.in_flight()
@@ -368,11 +371,16 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
                 break
             size = 0
         else:
-            if quota < min(mss, unsent) and in_flight > 0:
+            if largest < unsent and largest <= quota and largest <= usable:
+                size = largest
+            elif quota < min(mss, unsent) and in_flight > 0:
                 recovery.cwnd_limited = True
                 break
-            size = min(unsent, usable, max(quota, mss), largest)
-            if size < unsent:
+            else:
+                size = min(unsent, usable, max(quota, mss), largest)
+            if size == largest:
+                pass
+            elif size < unsent:
                 if size < mss:
                     # The window is the limit. Silly window avoidance of the sender (RFC 1122, section 4.2.3.4).
                     if usable <= 0 or usable < conn.max_window >> 1:
@@ -393,14 +401,14 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
         if fin:
             flags |= FIN
         conn.snd_nxt = nxt + size + fin
-        inflight.add(Segment(nxt, conn.snd_nxt, now, fin=fin))
+        segments.append(Segment(nxt, conn.snd_nxt, now, fin))
         in_flight += size
         if size % mss:
             conn.nagle_end = conn.snd_nxt
-        if now - conn.last_received < conn.tcp.config.delack:
-            conn.pingpong = True
         transmit(conn, nxt, size, flags)
-    if inflight.segments:
+    if segments:
+        if now - conn.last_data < conn.tcp.config.delack:
+            conn.pingpong = True  # an answer: acknowledgments may wait for the next one
         conn.last_sent = now
         timer = conn.retransmit_timer
         if not timer.pending:
