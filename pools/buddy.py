@@ -163,10 +163,11 @@ class PageAllocator:
             self._fell_to(free)
         return pfn
 
-    def alloc_bulk(self, count: int, gfp: int, owner: int) -> list[int]:
-        """Allocate `count` single pages, in ascending order: all of them, or none and an empty list.
+    def alloc_bulk(self, count: int, gfp: int, owner: int) -> Sequence[int]:
+        """Allocate `count` single pages, in ascending order: all of them, or none and an empty sequence.
 
-        They need not be adjacent, but often are, and ascending order lets neighbours be copied in one go.
+        They need not be adjacent, but often are, and ascending order lets neighbours be copied in one go. A `range` says that
+        they are one run; hand it back as it is, and it costs least.
         """
         free = self.free_pages - count
         if free >= self.min_pages:
@@ -176,23 +177,23 @@ class PageAllocator:
             self.reserve_allocs += 1
         else:
             self.failures[0] += 1
-            return []
+            return ()
         if count < 1:
-            return []
+            return ()
         owners = self._owner
+        pfns: Sequence[int]
         run = -1
         if count == RUN_PAGES:
             run = self._runs.pop() if self._runs else self._take_listed(RUN_ORDER)
         if run >= 0:
-            pfns = list(range(run, run + RUN_PAGES))
+            pfns = range(run, run + RUN_PAGES)
             owners[run : run + RUN_PAGES] = bytes((owner,)) * RUN_PAGES
         else:
             singles = self._singles
             if len(singles) < count:
                 self._refill(count)
-            pfns = singles[-count:]
+            pfns = sorted(singles[-count:])
             del singles[-count:]
-            pfns.sort()
             for pfn in pfns:
                 owners[pfn] = owner
         self.free_pages = free
@@ -304,7 +305,9 @@ class PageAllocator:
     def _free_run(self, first: int, pfns: Sequence[int]) -> bool:
         """Free `pfns` as a run if they are one; whether they were."""
         end = first + RUN_PAGES
-        if first & (RUN_PAGES - 1) or pfns != list(range(first, end)) or self._owner.find(0, first, end) >= 0:
+        if first & (RUN_PAGES - 1) or self._owner.find(0, first, end) >= 0:
+            return False
+        if not isinstance(pfns, range) and pfns != list(range(first, end)):
             return False
         self._owner[first:end] = _FREE_RUN
         runs = self._runs

@@ -74,7 +74,7 @@ class WatchedPages(PageAllocator):
         self._note(range(pfn, pfn + (1 << order)) if pfn >= 0 else ())
         return pfn
 
-    def alloc_bulk(self, count: int, gfp: int, owner: int) -> list[int]:
+    def alloc_bulk(self, count: int, gfp: int, owner: int) -> Sequence[int]:
         """As the page allocator does."""
         pfns = super().alloc_bulk(count, gfp, owner)
         self._note(pfns)

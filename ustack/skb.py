@@ -20,6 +20,8 @@ from pools.arena import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from pools.base import NULL, Pool
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pools.arena import Arena
     from pools.buddy import PageAllocator
 
@@ -30,19 +32,19 @@ FREE_LIST_MAX: Final = 4096
 """Python objects kept for re-use, so that a burst does not pin its objects for ever."""
 
 
-def page_runs(pfns: list[int], offset: int, length: int) -> list[tuple[int, int]]:
+def page_runs(pfns: Sequence[int], offset: int, length: int) -> list[tuple[int, int]]:
     """The bytes `offset .. offset+length` of the pages `pfns`, laid end to end, as runs `(address, length)`; neighbours are
     joined.
     """
     runs: list[tuple[int, int]] = []
     if not length:
         return runs
+    if isinstance(pfns, range):  # the usual case
+        return [((pfns[0] << PAGE_SHIFT) + offset, length)]
     first = offset >> PAGE_SHIFT
     base = pfns[first]
     start = (base << PAGE_SHIFT) + (offset & PAGE_MASK)
     stop = (offset + length + PAGE_MASK) >> PAGE_SHIFT
-    if pfns[first:stop] == list(range(base, base + stop - first)):
-        return [(start, length)]  # the usual case, for which the loop would be slow
     end = (base + 1) << PAGE_SHIFT
     left = length - (end - start)
     for pfn in pfns[first + 1 : stop]:
@@ -126,7 +128,7 @@ class Skb:
         self.data = 0
         self.tail = 0
         self.frags: list[tuple[int, int]] = []
-        self.pfns: list[int] = []
+        self.pfns: Sequence[int] = ()
         self.len = 0
         self.truesize = 0
         self.pfmemalloc = False
@@ -187,7 +189,7 @@ class Skb:
                 return
         frags.append((addr, run))
 
-    def attach_pages(self, pfns: list[int], length: int) -> None:
+    def attach_pages(self, pfns: Sequence[int], length: int) -> None:
         """Take over the pages `pfns`, which hold `length` bytes from the start of the first on, as fragments behind the
         data.
         """
@@ -427,7 +429,7 @@ class SkbMemory:
             skb.size = skb.data = skb.tail = skb.len = skb.flags = 0
             if dataref is not None or skb.pfns:
                 skb.dataref = None
-                skb.pfns = []
+                skb.pfns = ()
             if skb.frags:
                 skb.frags = []
             skb.peer = None

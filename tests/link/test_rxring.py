@@ -69,7 +69,7 @@ def test_a_small_frame_leaves_every_page_in_the_ring() -> None:
     ring.fill(bytes_of(HEADER_BUFFER))
     skb = ring.frame.keep(14, HEADER_BUFFER - 14, ATOMIC)
     assert skb is not None
-    assert skb.pfns == []
+    assert not skb.pfns
     assert memory.pages.pages_by_owner()["rx ring"] == posted
     skb.free()
     ring.close()

@@ -111,15 +111,15 @@ def test_memalloc_above_min_is_not_pfmemalloc(make_pages: MakePages) -> None:
 def test_bulk_is_all_or_nothing(make_pages: MakePages) -> None:
     pages = make_pages(64, min_pages=16)
     owner = pages.owner_id("test")
-    assert pages.alloc_bulk(49, ATOMIC, owner) == []
+    assert pages.alloc_bulk(49, ATOMIC, owner) == ()
     assert pages.free_pages == 64
     ordinary = pages.alloc_bulk(48, ATOMIC, owner)
     assert not pages.pfmemalloc
-    assert pages.alloc_bulk(17, MEMALLOC, owner) == []
+    assert pages.alloc_bulk(17, MEMALLOC, owner) == ()
     urgent = pages.alloc_bulk(16, MEMALLOC, owner)
     assert pages.pfmemalloc
     assert len({*ordinary, *urgent}) == 64
-    pages.free_bulk(ordinary + urgent)
+    pages.free_bulk([*ordinary, *urgent])
 
 
 def test_half_of_min_must_be_free_beyond_single_pages_for_a_pair(make_pages: MakePages) -> None:
@@ -142,7 +142,7 @@ def test_pressure_begins_below_low_and_ends_at_high(make_pages: MakePages) -> No
     pages = make_pages(100, min_pages=16)
     assert (pages.min_pages, pages.low_pages, pages.high_pages) == (16, 20, 24)
     owner = pages.owner_id("test")
-    taken = pages.alloc_bulk(80, ATOMIC, owner)
+    taken = list(pages.alloc_bulk(80, ATOMIC, owner))
     assert not pages.under_pressure
     taken.append(pages.alloc(0, ATOMIC, owner))
     assert pages.under_pressure

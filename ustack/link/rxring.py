@@ -137,7 +137,7 @@ class PagedRing(RxRing):
         if self._header == NULL:
             raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no memory for the header buffer of a receive ring")
         pages = (max_frame - self._size + PAGE_MASK) >> PAGE_SHIFT
-        self._pfns = memory.pages.alloc_bulk(pages, ATOMIC, self._owner) if pages else []
+        self._pfns = memory.pages.alloc_bulk(pages, ATOMIC, self._owner) if pages else ()
         if pages and not self._pfns:
             memory.pool.free(self._header, self._size, memory.cpu)
             raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no {pages} pages for a receive ring")
@@ -191,8 +191,13 @@ class PagedRing(RxRing):
             return None
         if split > 0:
             skb.put(self.frame.head[offset:])
-        taken = self._pfns[first:last]
-        self._pfns[first:last] = fresh
+        posted = self._pfns
+        if last - first == len(posted):
+            taken = posted
+            self._pfns = fresh
+        else:
+            taken = posted[first:last]
+            self._pfns = [*posted[:first], *fresh, *posted[last:]]
         self._post_pages()
         pages.transfer(taken, memory.frag_owner)
         skb.attach_pages(taken, end - (first << PAGE_SHIFT))
