@@ -87,16 +87,21 @@ class Stack:
     def add_interface(self, device: Device, address: str, gateway: str | None = None) -> Interface:
         """Attach `device` with `address` ("10.0.0.2/24"), and route everything else through `gateway` if there is one.
 
-        Raises ValueError for an address that cannot be used, OSError ENOMEM when the receive ring cannot be filled.
+        Raises ValueError for an address that cannot be used, OSError ENOMEM when the receive ring cannot be filled; the device is
+        closed then.
         """
-        own = ip_interface(address)
-        if not isinstance(own, IPv4Interface):
-            raise ValueError(f"{address}: IPv6 is not available yet")
-        interface = Interface(self.env, device, own.ip.packed, own.network.prefixlen)
-        device.attach(self.env.memory, self.drops, interface.input)
-        self.reserve.watch(device)
+        try:
+            own = ip_interface(address)
+            if not isinstance(own, IPv4Interface):
+                raise ValueError(f"{address}: IPv6 is not available yet")
+            interface = Interface(self.env, device, own.ip.packed, own.network.prefixlen)
+            device.attach(self.env.memory, self.drops, interface.input)
+            self.ip.add_interface(interface)
+        except (ValueError, OSError):
+            device.close()
+            raise
         self.interfaces.append(interface)
-        self.ip.add_interface(interface)
+        self.reserve.watch(device)
         if gateway is not None:
             self.add_route("0.0.0.0/0", gateway)
         self.pump.add(device)

@@ -173,6 +173,7 @@ class TapDevice(Device):
             vnet.HEADER.pack_into(self._vnet_out, 0, vnet.F_NEEDS_CSUM, gso_type, head_len, gso_size, csum_start, csum_offset)
 
     def close(self) -> None:
-        """Give the ring's memory back and release the interface."""
-        self.ring.close()
+        """Give the ring's memory back, if the device was attached, and release the interface."""
+        if hasattr(self, "ring"):
+            self.ring.close()
         self._tap.close()
