@@ -453,8 +453,7 @@ class Peer:
         self.ts = (ts, 0)
         self.sends(SYN, seq=0, mss=mss, wscale=wscale, sack_permitted=sack)
         answer = self.expects(SYN | ACK, seq=0, ack=1)
-        if ts >= 0:
-            self.ts = (ts, answer.options.ts_val)
+        self.ts = (ts, answer.options.ts_val) if answer.options.ts_val >= 0 else (-1, 0)
         self.sends(ACK)
         self.expects_nothing()
         return self.user()
@@ -472,7 +471,7 @@ class Peer:
         """A user on our side connects to the peer, which answers; returns the user."""
         user = self.is_called(**options)
         syn = self.expects(SYN, seq=0)
-        self.ts = (ts, syn.options.ts_val if ts >= 0 else 0)
+        self.ts = (ts, syn.options.ts_val) if ts >= 0 and syn.options.ts_val >= 0 else (-1, 0)
         self.sends(SYN | ACK, seq=0, ack=1, mss=mss, wscale=wscale, sack_permitted=sack)
         self.expects(ACK, seq=1, ack=1)
         return user
