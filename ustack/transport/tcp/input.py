@@ -419,9 +419,11 @@ def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int
         fin = False
     if conn.fin_seq >= 0 and end > conn.fin_seq:
         end = conn.fin_seq
+    queue = conn.receive_queue
     if fin and conn.fin_seq < 0 and end >= rcv_nxt:
         conn.fin_seq = end
-    queue = conn.receive_queue
+        if queue.ofo and queue.ofo[-1].end_seq > end:
+            queue.prune_out_of_order()  # nothing follows a FIN: a peer that says otherwise must say it all again
     if seq > rcv_nxt:
         if end <= seq:
             _duplicate_ack(conn)  # a FIN out of order, remembered
