@@ -98,13 +98,17 @@ class Attacker:
     def a_number(self, *interesting: int) -> int:
         random = self.random
         near = random.choice(interesting)
-        return near + random.choice((0, 0, 0, 1, -1, random.randint(-3000, 3000), random.randint(-70_000, 70_000), random.getrandbits(32)))
+        return near + random.choice(
+            (0, 0, 0, 1, -1, random.randint(-3000, 3000), random.randint(-70_000, 70_000), random.getrandbits(32))
+        )
 
     def numbers(self) -> tuple[int, int]:
         conn = self.conn
         if conn is None or conn.state is State.SYN_SENT:
             return self.a_number(0, 1), self.a_number(0, 1, 2)
-        seq = self.a_number(conn.rcv_nxt - conn.irs, conn.rcv_adv - conn.irs, conn.rcv_wup - conn.irs, max(conn.fin_seq - conn.irs, 0))
+        seq = self.a_number(
+            conn.rcv_nxt - conn.irs, conn.rcv_adv - conn.irs, conn.rcv_wup - conn.irs, max(conn.fin_seq - conn.irs, 0)
+        )
         return seq, self.a_number(conn.snd_una - conn.iss, conn.snd_nxt - conn.iss)
 
     def options(self) -> bytes:
@@ -115,7 +119,9 @@ class Attacker:
         if kind < 0.6:
             conn = self.conn
             recent = conn.ts_recent if conn is not None else 1000
-            return wire.build_options((recent + random.choice((0, 1, -1, 1000, -1000, 1 << 31))) % (1 << 32), random.getrandbits(32))
+            return wire.build_options(
+                (recent + random.choice((0, 1, -1, 1000, -1000, 1 << 31))) % (1 << 32), random.getrandbits(32)
+            )
         if kind < 0.85:
             blocks = []
             for _ in range(random.randint(1, 3)):
@@ -129,11 +135,15 @@ class Attacker:
     def sends_something(self) -> None:
         random = self.random
         peer = self.peer
-        flags = random.choice((ACK, ACK, ACK, ACK | PSH, ACK | PSH, ACK | FIN, RST, RST | ACK, SYN, SYN | ACK, 0, random.getrandbits(8)))
+        flags = random.choice(
+            (ACK, ACK, ACK, ACK | PSH, ACK | PSH, ACK | FIN, RST, RST | ACK, SYN, SYN | ACK, 0, random.getrandbits(8))
+        )
         seq, ack = self.numbers()
         length = random.choice((0, 0, 1, 10, 536, 1400))
         window = random.choice((0, 1, 100, 1460, 65535, random.getrandbits(16)))
-        options = wire.build_syn_options(random.getrandbits(16), random.randint(-1, 20), True) if flags & SYN else self.options()
+        options = (
+            wire.build_syn_options(random.getrandbits(16), random.randint(-1, 20), True) if flags & SYN else self.options()
+        )
         segment = peer._build(flags, seq, ack, window, options, random.randbytes(length))
         if random.random() < 0.1:
             damaged = bytearray(segment)
