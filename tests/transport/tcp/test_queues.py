@@ -231,7 +231,7 @@ def test_small_writes_share_a_buffer() -> None:
 def test_without_memory_only_part_is_taken() -> None:
     memory = make_memory(pages=64)
     queue = SendQueue(memory, Account("send"), 0)
-    taken = queue.append(memoryview(STREAM), cast("int", 1 << 30), ATOMIC)
+    taken = queue.append(memoryview(STREAM), 1 << 30, ATOMIC)
     assert taken <= 64 * 4096
     more = queue.append(memoryview(bytes(1 << 20)), 1 << 30, ATOMIC)
     assert more < 1 << 20
