@@ -19,7 +19,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 def zero_range(fd: int, offset: int, length: int, punch: bool) -> None:
     """Make `length` bytes at `offset` of a file or block device read as zeroes: as a hole with `punch`, allocated otherwise.
 
-    Where the kernel or the file system cannot do either (EOPNOTSUPP, ENODEV on pipes and old devices), zeroes are written.
+    Where the kernel, the file system or the device cannot do it (EOPNOTSUPP, ENODEV, EINVAL), zeroes are written.
     Raises OSError.
     """
     mode = _FALLOC_FL_KEEP_SIZE | (_FALLOC_FL_PUNCH_HOLE if punch else _FALLOC_FL_ZERO_RANGE)

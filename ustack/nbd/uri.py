@@ -1,8 +1,7 @@
 """NBD URIs: where a server is and which export to use.
 
 Source: NetworkBlockDevice/nbd, doc/uri.md. All four schemes are understood, including the TLS parameters; whether TLS can be
-had is
-for the client to say. Query parameters that nobody knows are diagnosed, except experimental ones (`x-...`).
+had is for the client to say. Query parameters that nobody knows are diagnosed, except experimental ones (`x-...`).
 """
 
 from __future__ import annotations
