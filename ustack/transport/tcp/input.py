@@ -14,7 +14,7 @@ from ustack.transport.events import ORPHAN, READABLE, SHUT_RD, SHUT_WR, WRITABLE
 from ustack.transport.tcp import output, timers
 from ustack.transport.tcp.output import ACK_DELAYED, ACK_NONE, ACK_NOW, MASK32
 from ustack.transport.tcp.states import CAN_RECEIVE, CLOSE, ESTABLISHED, FIN_ACKED, RECEIVES_FIN, SYN_RECV, SYN_SENT, State
-from ustack.wire.tcp import ACK, FIN, RST, SYN, WSCALE_MAX
+from ustack.wire.tcp import ACK, FIN, PSH, RST, SYN, WSCALE_MAX
 
 if TYPE_CHECKING:
     from ustack.link.rxring import RxFrame
@@ -35,6 +35,9 @@ STRAY_PAUSE: Final = 0.5
 """Seconds between answers to bare ACKs from outside the window: two ends that disagree must not answer each other for ever
 (tcp_invalid_ratelimit).
 """
+
+_UNPREDICTED: Final = 0x3F & ~PSH
+"""The flags that a predicted segment has none of, but for ACK."""
 
 RATIO_MIN: Final = 32
 RATIO_MAX: Final = 240
@@ -75,10 +78,19 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
     if conn.state is SYN_SENT:
         return _in_syn_sent(conn, segment)
     flags = segment.flags
-    seq = unwrap(segment.seq, conn.rcv_nxt)
-    length = segment.length
-    end = seq + length
     rcv_nxt = conn.rcv_nxt
+    length = segment.length
+    if length and segment.seq == rcv_nxt & MASK32 and flags & _UNPREDICTED == ACK and _predicted(conn, segment):
+        env = conn.tcp.env
+        env.mib.TcpExtTCPHPHits += 1
+        conn.last_received = env.timers.now
+        conn.snd_wl1 = rcv_nxt
+        if conn.ts_ok and rcv_nxt == conn.last_ack_sent:
+            conn.ts_recent = segment.ts_val
+            conn.ts_recent_at = conn.last_received
+        return _process_data(conn, segment, rcv_nxt, rcv_nxt + length)
+    seq = unwrap(segment.seq, rcv_nxt)
+    end = seq + length
 
     # First, PAWS and the sequence number. The test is Linux's (tcp_sequence): what the peer may have sent before it saw our
     # last acknowledgment is let in, so that ACKs overtaken by data do not draw answers.
@@ -125,6 +137,20 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
     if length or flags & FIN:
         return _process_data(conn, segment, seq, end)
     return None
+
+
+def _predicted(conn: Connection, segment: ArrivingSegment) -> bool:
+    """Header prediction (Van Jacobson; Linux tcp_rcv_established): whether the next segment in order brings data, and no
+    news.
+    """
+    return (
+        conn.state is ESTABLISHED
+        and segment.ack == conn.snd_una & MASK32
+        and segment.window << (conn.snd_wscale if conn.snd_wscale > 0 else 0) == conn.snd_wnd
+        and segment.options is None
+        and not (conn.probes or conn.persist_shift)
+        and (not conn.ts_ok or (segment.ts_val >= 0 and (segment.ts_val - conn.ts_recent) & MASK32 < HALF))
+    )
 
 
 def _unacceptable(conn: Connection, segment: ArrivingSegment, seq: int, end: int) -> DropReason:
