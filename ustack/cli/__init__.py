@@ -10,7 +10,7 @@ from typing import Final
 
 import click
 
-COMMANDS: Final = ("demo", "daemon", "status", "ping", "nc", "ss", "nstat", "slabinfo", "nbd", "bench")
+COMMANDS: Final = ("demo", "daemon", "status", "ping", "nc", "ss", "nstat", "slabinfo", "nbd", "bench", "pressure")
 """The subcommands, in the order in which help shows them."""
 
 
