@@ -339,6 +339,10 @@ class Peer:
             cleared = segment[: tcp.OFF_CSUM] + bytes(2) + segment[tcp.OFF_CSUM + 2 :]
             checksum = finish(pseudo_v4(PEER_ADDRESS, STACK_ADDRESS, 6, len(segment)) + ones_sum(cleared))
             segment = segment[: tcp.OFF_CSUM] + checksum.to_bytes(2) + segment[tcp.OFF_CSUM + 2 :]
+        self.sends_as_is(segment)
+
+    def sends_as_is(self, segment: bytes) -> None:
+        """Send these bytes as a TCP segment, with whatever checksum they have."""
         self._put(ethernet.ETH_P_IP, ipv4.build_header(PEER_ADDRESS, STACK_ADDRESS, ipv4.IPPROTO_TCP, len(segment)) + segment)
         self.settle()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ustack.transport.tcp.connection import QUICK_ACKS
-from ustack.wire.tcp import ACK, PSH
+from ustack.wire.tcp import ACK, PSH, URG
 
 if TYPE_CHECKING:
     from tests.transport.tcp.peer import Peer, User
@@ -115,3 +115,9 @@ def test_an_ack_is_not_acknowledged(peer: Peer, user: User) -> None:
         peer.sends(ACK)
     peer.expects_nothing_for(1)
     user.has_nothing_to_read()
+
+
+def test_urgent_data_is_data(peer: Peer, user: User) -> None:
+    """RFC 6093, section 6: delivered in line."""
+    peer.sends(ACK | URG, length=10)
+    user.reads(10)
