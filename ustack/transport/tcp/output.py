@@ -443,9 +443,8 @@ def _retransmit_lost(conn: Connection) -> None:
     in_flight = inflight.in_flight()
     for index in inflight.lost_segments():
         segment = inflight.segments[index]
-        if (
-            inflight.retrans > 0 and in_flight + mss > cwnd
-        ):  # the first goes whatever the window says (RFC 6675, section 5, 4.3)
+        # The first goes whatever the congestion window says (RFC 6675, section 5, step 4.3).
+        if inflight.retrans > 0 and in_flight + mss > cwnd:
             break
         if segment.seq >= window_end and index:
             break
