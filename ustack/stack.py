@@ -87,8 +87,8 @@ class Stack:
     def add_interface(self, device: Device, address: str, gateway: str | None = None) -> Interface:
         """Attach `device` with `address` ("10.0.0.2/24"), and route everything else through `gateway` if there is one.
 
-        Raises ValueError for an address that cannot be used, OSError ENOMEM when the receive ring cannot be filled; the device is
-        closed then.
+        Raises ValueError for an address that cannot be used, OSError ENOMEM when the receive ring cannot be filled; the device
+        is closed then.
         """
         try:
             own = ip_interface(address)
