@@ -60,7 +60,7 @@ def arrays_hold_pages(terms: Terms) -> Outcome:
 )
 def remote_frees(terms: Terms) -> Outcome:
     """One lane receives, another one reads and frees; now and then the first frees something too, or never."""
-    packets = terms.size(2000, 12000)
+    packets = terms.size(2000, 6000)
     trace = churn("remote", mtu_and_ack, packets=packets, live=100, seed=terms.seed, lane=0, free_lane=1)
     parked: dict[str, Figure] = {}
     peaks: dict[str, int] = {}

@@ -359,23 +359,24 @@ def srog_for_everything(terms: Terms) -> Outcome:
     frags: dict[str, Figure] = {}
     at: dict[float, tuple[float, float]] = {}
     for free in (0.25, 0.5, 0.75):
-        frames = 100
-        got = [0, 0]
+        got = [0.0, 0.0]
         for kind in (0, 1):
             allocator = broken_arena(terms.size(4096, 16384), free, random)
             pool = by_name("srog")(allocator)
             owner = allocator.owner_id("frags")
+            frames = allocator.free_pages // 8  # four pages each: half of what is free
             for _ in range(frames):
                 if kind == 0:
                     got[kind] += pool.alloc(JUMBO_FRAME, ATOMIC) != NULL
                 else:
                     got[kind] += pool.alloc(HEADER_BUFFER, ATOMIC) != NULL and bool(allocator.alloc_bulk(3, ATOMIC, owner))
-        at[free] = got[0] / frames, got[1] / frames
+            got[kind] /= frames
+        at[free] = got[0], got[1]
         linear[f"{free:.0%} free"], frags[f"{free:.0%} free"] = at[free]
     return Outcome(
-        "true" if at[0.25][0] < 0.25 and at[0.25][1] == 1 else "partly" if at[0.25][0] < 1 else "false",
-        f"With a quarter of the memory free, {at[0.25][0]:.0%} of 100 jumbo frames in one piece are received and "
-        f"{at[0.25][1]:.0%} as "
-        f"fragments; with half of it {at[0.5][0]:.0%} and {at[0.5][1]:.0%}.",
+        "true" if at[0.5][0] < 0.5 and at[0.5][1] == 1 else "partly" if at[0.5][0] < 1 else "false",
+        f"With half of the memory free, and jumbo frames for half of that, {at[0.5][0]:.0%} of them are received in one piece "
+        f"and "
+        f"{at[0.5][1]:.0%} as fragments; with a quarter free {at[0.25][0]:.1%} and {at[0.25][1]:.0%}.",
         {"in one piece": linear, "as fragments": frags},
     )

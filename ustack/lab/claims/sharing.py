@@ -168,7 +168,7 @@ def copied(pattern: list[int], size: int) -> tuple[float, float]:
 def alternating_sockets(terms: Terms) -> Outcome:
     """Interleaved flows, two or four packets on a page, and the two policies that the sentence can mean."""
     random = Random(terms.seed)
-    packets = terms.size(4000, 40000)
+    packets = terms.size(4000, 16000)
     given: dict[str, Figure] = {}
     unshared: dict[str, Figure] = {}
     measured: dict[tuple[int, int, str], tuple[float, float]] = {}
