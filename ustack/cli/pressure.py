@@ -68,3 +68,40 @@ def claims(as_json: bool, only: list[int] | None, full: bool, seed: int | None) 
     for claim, report in measured:
         table.add_row(str(claim.number), claim.who, claim.text, str(report["verdict"]), in_words(report))
     Console().print(table)
+
+
+@pressure.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--trace", is_flag=True, help="Print the way to where it stands still.")
+def model(names: tuple[str, ...], trace: bool) -> None:
+    """Explore every state of a small model of the reserve, and say whether NBD always makes progress.
+
+    Each configuration has all rules, or all but one; NAME chooses those whose name begins so, such as "linear, no". In a trace
+    one page is one frame. A posted buffer is o, or r when it is from the reserve; received is in order plus out of order.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from ustack.lab.model.checker import check
+    from ustack.lab.model.report import trace_lines
+    from ustack.lab.model.reserve_model import configurations
+
+    chosen = [each for each in configurations() if not names or each.name.startswith(names)]
+    if not chosen:
+        raise click.BadParameter(f"no configuration begins with {names[0]!r}", param_hint="NAME")
+    results = [(each, check(each)) for each in chosen]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("configuration", no_wrap=True)
+    for heading in ("pages", "reserve", "states", "steps"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    for each, result in results:
+        table.add_row(
+            each.name, str(each.pages), str(each.reserve), str(result.states), str(result.steps), result.verdict.value
+        )
+    Console().print(table)
+    if trace:
+        for each, result in results:
+            if result.trace:
+                click.echo(f"\n{each.name}: {result.verdict.value}")
+                click.echo("\n".join(trace_lines(each, result)))

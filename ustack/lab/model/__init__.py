@@ -1,0 +1,1 @@
+"""A model of the reserve, and the checker that explores all of its states."""
