@@ -339,6 +339,22 @@ def test_after_a_lost_syn_the_first_timeout_is_three_seconds_and_one_segment_is_
     peer.expects(ACK, seq=1, length=MSS, after=3)
 
 
+def test_a_lost_syn_ack_gives_no_sample(peer: Peer) -> None:
+    """Karn: nobody knows which of the two is acknowledged."""
+    peer.listens()
+    peer.sends(SYN, seq=0, mss=1460)
+    peer.expects(SYN | ACK)
+    peer.waits(0.5)
+    peer.sends(SYN, seq=0, mss=1460)
+    peer.expects(SYN | ACK)
+    peer.sends(ACK, seq=1)
+    user = peer.user()
+    assert user.conn.rtt.srtt == 0
+    user.sends(3 * MSS)
+    peer.expects(ACK, seq=1, length=MSS)
+    peer.expects_nothing()
+
+
 def test_a_lost_fin_with_data_comes_again_with_its_data(peer: Peer) -> None:
     user = peer.connects(cork=True)
     user.sends(100)

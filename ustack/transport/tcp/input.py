@@ -117,7 +117,8 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
             output.send_challenge_ack(conn)
             return DropReason.TCP_INVALID_SYN
         if not flags & ACK:
-            output.send_syn(conn)  # the peer's SYN again: our SYN-ACK was lost
+            conn.retries = max(conn.retries, 1)  # the peer's SYN again: our SYN-ACK was lost
+            output.send_syn(conn)
             return DropReason.TCP_OLD_DATA
         seq += 1  # the SYN-ACK of a simultaneous open: its ACK is what we wait for
         end += 1
