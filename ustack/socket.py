@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import select
 import socket as names
+import termios
 from collections import deque
 from ipaddress import AddressValueError, IPv4Address
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ustack.socket_options import GETTERS, SETTERS
+from ustack.socket_poll import readiness
 from ustack.transport.events import READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
 from ustack.transport.options import SocketOptions
 from ustack.transport.tcp.states import State
@@ -36,6 +39,12 @@ Address = tuple[str, int]
 """Host as dotted decimals ("" for any, when binding) and port."""
 
 ANY: Final = "0.0.0.0"
+SIOCINQ: Final = termios.FIONREAD
+"""Ask `Socket.ioctl` for the bytes that wait to be read (tcp(7))."""
+
+SIOCOUTQ: Final = termios.TIOCOUTQ
+"""Ask `Socket.ioctl` for the bytes that the peer has not acknowledged, a FIN counted as one (tcp(7))."""
+
 SHUT: Final = {names.SHUT_RD: SHUT_RD, names.SHUT_WR: SHUT_WR, names.SHUT_RDWR: SHUT_RD | SHUT_WR}
 
 
@@ -81,6 +90,8 @@ class Socket:
     __slots__ = (
         "_bound",
         "_closed",
+        "_connecting",
+        "_error",
         "_listener",
         "_readers",
         "_writers",
@@ -117,6 +128,8 @@ class Socket:
         self._listener: Listener | None = None
         self.datagram = None
         self._closed = False
+        self._connecting = False  # nobody has been told yet what became of the attempt
+        self._error = 0  # what a disconnect leaves behind
         self._readers: deque[asyncio.Future[None]] = deque()
         self._writers: deque[asyncio.Future[None]] = deque()
         if type == names.SOCK_DGRAM:
@@ -268,8 +281,8 @@ class Socket:
                 await self._wait(self._readers)
 
     def connect_nowait(self, address: Address) -> None:
-        """Begin to connect; for a stream raises BlockingIOError EINPROGRESS, and when called again what became of it
-        (connect(2)).
+        """Begin to connect; for a stream raises BlockingIOError EINPROGRESS. Called again, say what became of it (connect(2)):
+        BlockingIOError EALREADY, nothing the first time after it was made and EISCONN from then on, or why it failed.
         """
         self._check_open()
         host, port = address
@@ -282,63 +295,94 @@ class Socket:
             return
         if self._listener is not None:
             raise _error(errno.EISCONN)
-        conn = self.stream
-        if conn is not None:
-            if conn.state is State.SYN_SENT or conn.state is State.SYN_RECV:
-                raise BlockingIOError(errno.EALREADY, os.strerror(errno.EALREADY))
-            conn.raise_error()
-            raise _error(errno.EISCONN if conn.synchronized else errno.ECONNABORTED)
+        if self.stream is not None:
+            self._connected(self.stream)
+            return
         local, local_port = self._bound or (None, 0)
         path = self.host.ip.path(packed, local)
         if path.broadcast:
             raise _error(errno.ENETUNREACH)
         self.stream = conn = self.host.tcp.connect(path, local_port, port, self.options)
         conn.wake = self._wake
+        self._connecting = True
+        self._error = 0
         raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
 
-    async def connect(self, address: Address) -> None:
-        """Connect. Raises what the kernel's would: ConnectionRefusedError, TimeoutError, OSError EHOSTUNREACH or
-        ENETUNREACH.
-        """
-        try:
-            self.connect_nowait(address)
-            return
-        except BlockingIOError as error:
-            if error.errno != errno.EINPROGRESS:
-                raise
-        conn = cast("Connection", self.stream)
-        while conn.state is State.SYN_SENT or conn.state is State.SYN_RECV:
-            await self._wait(self._writers)
-        error_now = conn.take_error()
-        if error_now:
+    def _connected(self, conn: Connection) -> None:
+        """Say once what became of the attempt to connect; after a failure the next attempt may begin."""
+        if not self._connecting:
+            raise _error(errno.EISCONN)
+        if conn.state is State.SYN_SENT or conn.state is State.SYN_RECV:
+            raise BlockingIOError(errno.EALREADY, os.strerror(errno.EALREADY))
+        self._connecting = False
+        if conn.state is State.CLOSE:
             self.stream = None
-            raise _error(error_now)
+            conn.close()
+            raise _error(conn.take_error() or errno.ECONNABORTED)
+
+    async def connect(self, address: Address) -> None:
+        """Connect, or wait until the attempt that is under way has been made. Raises what the kernel's would:
+        ConnectionRefusedError, TimeoutError, OSError EHOSTUNREACH or ENETUNREACH.
+        """
+        while True:
+            try:
+                self.connect_nowait(address)
+                return
+            except BlockingIOError:
+                await self._wait(self._writers)
+
+    def disconnect(self) -> None:
+        """Have no peer, and listen no more: an open connection is reset. The socket may then connect or listen again, from the
+        port that it was bound to (connect(2) with AF_UNSPEC).
+        """
+        self._check_open()
+        self.host.tick()
+        if self.datagram is not None:
+            self.datagram.disconnect()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        conn = self.stream
+        if conn is not None:
+            self.stream = None
+            self._connecting = False
+            self._error = conn.error if conn.state is State.CLOSE else errno.ECONNRESET
+            conn.abort(0)
+            conn.close()
+        _release(self._readers)
+        _release(self._writers)
 
     # -- data --
 
-    def _stream(self) -> Connection:
+    def _stream(self, otherwise: int = errno.ENOTCONN) -> Connection:
+        """The connection. Without one raises the error that a disconnect has left, or else errno `otherwise`."""
         if self._closed:
             raise _error(errno.EBADF)
         if self.stream is None:
-            raise _error(errno.ENOTCONN)
+            raise _error(self.take_error() or otherwise)
         return self.stream
 
-    def recv_nowait(self, size: int) -> bytes:
-        """Take up to `size` bytes, b"" at the end of the stream; of a datagram what does not fit is lost. Raises
-        BlockingIOError.
+    def recv_nowait(self, size: int, flags: int = 0) -> bytes:
+        """Take up to `size` bytes, b"" at the end of the stream; of a datagram what does not fit is lost. With MSG_PEEK in
+        `flags` they stay. Raises BlockingIOError, OSError EOPNOTSUPP for any other flag.
         """
+        if flags & ~names.MSG_PEEK:
+            raise _error(errno.EOPNOTSUPP)
         if self.datagram is not None:
             self._check_open()
-            return self.datagram.recvfrom_nowait(size)[0]
+            return self.datagram.recvfrom_nowait(size, peek=flags != 0)[0]
         conn = self._stream()
         self.host.tick()
+        if flags:
+            target = bytearray(min(size, conn.unread or 1))
+            return bytes(target[: conn.recv_into(memoryview(target), peek=True)])
         return conn.recv(size)
 
-    async def recv(self, size: int) -> bytes:
+    async def recv(self, size: int, flags: int = 0) -> bytes:
         """Wait for data; see `recv_nowait`."""
         while True:
             try:
-                return self.recv_nowait(size)
+                return self.recv_nowait(size, flags)
             except BlockingIOError:
                 await self._wait(self._readers)
 
@@ -364,23 +408,26 @@ class Socket:
             except BlockingIOError:
                 await self._wait(self._readers)
 
-    def send_nowait(self, data: Buffer) -> int:
-        """Send as much of `data` as there is room for; return how many bytes. Raises BlockingIOError, BrokenPipeError, or the
-        connection's error; for a datagram see `sendto_nowait`, and EDESTADDRREQ without a peer.
+    def send_nowait(self, data: Buffer, flags: int = 0) -> int:
+        """Send as much of `data` as there is room for; return how many bytes. With MSG_MORE in `flags` a stream holds a last
+        segment that is not full. Raises BlockingIOError, BrokenPipeError, the connection's error, or OSError EOPNOTSUPP for any
+        other flag; for a datagram see `sendto_nowait`, and EDESTADDRREQ without a peer.
         """
+        if flags and flags & ~names.MSG_MORE | (self.datagram is not None):
+            raise _error(errno.EOPNOTSUPP)
         if self.datagram is not None:
             self._check_open()
             self.host.tick()
             return self.datagram.sendto_nowait(data)
-        conn = self._stream()
+        conn = self._stream(errno.EPIPE)
         self.host.tick()
-        return conn.send(data)
+        return conn.send(data, more=flags != 0)
 
-    async def send(self, data: Buffer) -> int:
+    async def send(self, data: Buffer, flags: int = 0) -> int:
         """Wait for room for some of `data`; see `send_nowait`."""
         while True:
             try:
-                return self.send_nowait(data)
+                return self.send_nowait(data, flags)
             except BlockingIOError:
                 await self._wait(self._writers)
 
@@ -433,15 +480,24 @@ class Socket:
     # -- ending --
 
     def shutdown(self, how: int) -> None:
-        """Close one direction or both (SHUT_RD, SHUT_WR, SHUT_RDWR). Raises OSError ENOTCONN, EINVAL."""
+        """Close one direction or both (SHUT_RD, SHUT_WR, SHUT_RDWR). To receive no more ends a listener, and an attempt to
+        connect ends at once (shutdown(2)). Raises OSError ENOTCONN, EINVAL.
+        """
         self._check_open()
         if how not in SHUT:
             raise _error(errno.EINVAL)
         if self.datagram is not None:
             self.datagram.shutdown(SHUT[how])
             return
+        conn = self.stream
+        if self._listener is not None or (conn is not None and conn.state is State.SYN_SENT):
+            if conn is not None or SHUT[how] & SHUT_RD:
+                self.disconnect()
+            return
+        if conn is None:
+            raise _error(errno.ENOTCONN)
         self.host.tick()
-        self._stream().shutdown(SHUT[how])
+        conn.shutdown(SHUT[how])
 
     def close(self) -> None:
         """Close. Calls that wait fail with EBADF; the stack finishes the connection in order, or by SO_LINGER."""
@@ -467,6 +523,29 @@ class Socket:
     def _check_open(self) -> None:
         if self._closed:
             raise _error(errno.EBADF)
+
+    # -- state --
+
+    def poll(self, events: int = select.POLLIN | select.POLLOUT) -> int:
+        """What of `events` (select.POLLIN, POLLOUT, POLLRDHUP) is the case, and POLLERR and POLLHUP in any event (poll(2)).
+
+        It does not wait. A stream that has no room now tells `watch` when it has.
+        """
+        self._check_open()
+        return readiness(self.stream, self._listener, self.datagram, self._error) & (events | select.POLLERR | select.POLLHUP)
+
+    def ioctl(self, request: int) -> int:
+        """The answer to SIOCINQ or SIOCOUTQ, in bytes. Raises OSError EINVAL on a listener, ENOTTY for any other request and on
+        a datagram socket.
+        """
+        self._check_open()
+        if request not in (SIOCINQ, SIOCOUTQ) or self.datagram is not None:
+            raise _error(errno.ENOTTY)
+        if self._listener is not None:
+            raise _error(errno.EINVAL)
+        if self.stream is None:
+            return 0
+        return self.stream.unread if request == SIOCINQ else self.stream.unacknowledged
 
     # -- options --
 
@@ -509,7 +588,11 @@ class Socket:
         """The pending errno, or 0; it is cleared by being read (SO_ERROR)."""
         if self.stream is not None:
             return self.stream.take_error()
-        return self.datagram.take_error() if self.datagram is not None else 0
+        if self.datagram is not None:
+            return self.datagram.take_error()
+        error = self._error
+        self._error = 0
+        return error
 
 
 def _release(queue: deque[asyncio.Future[None]]) -> None:

@@ -167,6 +167,7 @@ async def test_connect_nowait_reports_progress(stack_on_tap: StackOnTap, netns: 
             ours.connect_nowait(listener.getsockname())
         assert going_on.value.errno == errno.EALREADY
         await until(lambda: ours.connection.synchronized)
+        ours.connect_nowait(listener.getsockname())
         with pytest.raises(OSError, match="already connected"):
             ours.connect_nowait(listener.getsockname())
         listener.accept()[0].close()

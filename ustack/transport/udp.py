@@ -440,6 +440,11 @@ class UdpSocket:
         self._error = number
         self.notify(READABLE | WRITABLE)
 
+    @property
+    def error(self) -> int:
+        """The errno that waits to be reported; 0 for none."""
+        return self._error
+
     def take_error(self) -> int:
         """The errno that waits, which is thereby reported; 0 for none (SO_ERROR)."""
         number = self._error

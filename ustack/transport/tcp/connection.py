@@ -23,7 +23,7 @@ from ustack.transport.tcp.receive_queue import ReceiveQueue
 from ustack.transport.tcp.recovery import Recovery
 from ustack.transport.tcp.rtt import RttEstimator
 from ustack.transport.tcp.send_queue import SendQueue
-from ustack.transport.tcp.states import CAN_SEND, FOLLOWERS, SENDS_FIN, State
+from ustack.transport.tcp.states import CAN_SEND, FIN_ACKED, FOLLOWERS, SENDS_FIN, State
 from ustack.wire.tcp import HEADER_LEN
 
 if TYPE_CHECKING:
@@ -309,6 +309,18 @@ class Connection:
     def readable(self) -> bool:
         """Whether `recv` would give data, end of file or an error at once (poll's POLLIN)."""
         return bool(self.receive_queue.queue or self.error or self.at_end)
+
+    @property
+    def unread(self) -> int:
+        """Bytes that `recv` would give (SIOCINQ)."""
+        return self.receive_queue.available(self.rcv_nxt - (0 <= self.fin_seq < self.rcv_nxt))
+
+    @property
+    def unacknowledged(self) -> int:
+        """Bytes of the stream that the peer has not acknowledged, sent or not; a FIN counts as one (SIOCOUTQ)."""
+        if not self.synchronized:
+            return 0
+        return max(self.send_queue.end + (self.state in FIN_ACKED) - self.snd_una, 0)
 
     @property
     def at_end(self) -> bool:

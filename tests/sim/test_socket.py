@@ -1,0 +1,266 @@
+"""The socket calls between two stacks: what poll, ioctl, flags, connect and disconnect say in each state of a connection."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.sim.network import SERVER, Network
+from ustack.link.simwire import Impairments
+from ustack.socket import SIOCINQ, SIOCOUTQ
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ustack.socket import Socket
+
+pytestmark = pytest.mark.sim
+
+ALL = select.POLLIN | select.POLLOUT | select.POLLRDHUP
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """Two stacks on a wire with ten milliseconds in each direction."""
+    network = Network(1, Impairments(delay=0.01))
+    yield network
+    network.close()
+
+
+def raises(number: int) -> pytest.RaisesExc[OSError]:
+    """Expect an OSError with that errno."""
+    return pytest.raises(OSError, check=lambda error: error.errno == number)
+
+
+def listen(network: Network, port: int = 80) -> Socket:
+    """A listener of the server's."""
+    listener = network.server.socket()
+    listener.bind(("", port))
+    listener.listen()
+    return listener
+
+
+def connected(network: Network) -> tuple[Socket, Socket]:
+    """Both ends of a connection."""
+    with listen(network) as listener:
+        client = network.client.socket()
+        with raises(errno.EINPROGRESS):
+            client.connect_nowait((SERVER, 80))
+        network.world.run(0.1)
+        client.connect_nowait((SERVER, 80))
+        return client, listener.accept_nowait()[0]
+
+
+def test_poll_follows_a_connection_from_its_first_to_its_last_state(network: Network) -> None:
+    listener = listen(network)
+    client = network.client.socket()
+    assert client.poll(ALL) == select.POLLOUT | select.POLLHUP, "as the kernel says of a new socket"
+    assert listener.poll(ALL) == 0
+    with raises(errno.EINPROGRESS):
+        client.connect_nowait((SERVER, 80))
+    assert client.poll(ALL) == 0
+    network.world.run(0.1)
+    assert client.poll(ALL) == select.POLLOUT
+    assert listener.poll(ALL) == select.POLLIN
+    server, _ = listener.accept_nowait()
+    assert listener.poll(ALL) == 0
+    server.send_nowait(b"x")
+    network.world.run(0.1)
+    assert client.poll(ALL) == select.POLLIN | select.POLLOUT
+    assert client.poll(select.POLLIN) == select.POLLIN
+    client.recv_nowait(1)
+    server.shutdown(socket.SHUT_WR)
+    network.world.run(0.1)
+    assert client.poll(ALL) == select.POLLIN | select.POLLOUT | select.POLLRDHUP
+    client.shutdown(socket.SHUT_WR)
+    assert client.poll(ALL) == ALL | select.POLLHUP
+    for sock in (client, server, listener):
+        sock.close()
+
+
+def test_poll_says_error_until_somebody_has_asked_for_it(network: Network) -> None:
+    client, server = connected(network)
+    server.abort()
+    network.world.run(0.1)
+    assert client.poll(0) == select.POLLERR | select.POLLHUP
+    assert client.poll(ALL) == ALL | select.POLLERR | select.POLLHUP
+    assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
+    assert client.poll(0) == select.POLLHUP
+    client.close()
+    server.close()
+
+
+def test_who_polls_a_full_stream_is_told_when_there_is_room(network: Network) -> None:
+    client, server = connected(network)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
+    while client.poll(ALL):
+        client.send_nowait(bytes(1000))
+    told: list[int] = []
+    client.watch(told.append)
+    network.world.run(0.1)
+    assert client.poll(ALL) == select.POLLOUT
+    assert told
+    client.close()
+    server.close()
+
+
+def test_a_socket_without_a_connection_can_neither_read_nor_write(network: Network) -> None:
+    with network.client.socket() as sock:
+        with raises(errno.ENOTCONN):
+            sock.recv_nowait(1)
+        with raises(errno.EPIPE):
+            sock.send_nowait(b"x")
+        with raises(errno.ENOTCONN):
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_connect_says_once_that_it_was_made(network: Network) -> None:
+    listener = listen(network)
+    with listener, network.client.socket() as sock:
+        with raises(errno.EINPROGRESS):
+            sock.connect_nowait((SERVER, 80))
+        with raises(errno.EALREADY):
+            sock.connect_nowait((SERVER, 80))
+        network.world.run(0.1)
+        sock.connect_nowait((SERVER, 80))
+        with raises(errno.EISCONN):
+            sock.connect_nowait((SERVER, 80))
+
+
+def test_connect_says_why_it_failed_and_may_be_tried_again(network: Network) -> None:
+    with network.client.socket() as sock:
+        for taken, expected in ((0, errno.ECONNREFUSED), (errno.ECONNREFUSED, errno.ECONNABORTED)):
+            with raises(errno.EINPROGRESS):
+                sock.connect_nowait((SERVER, 80))
+            network.world.run(0.1)
+            if taken:
+                assert sock.take_error() == taken
+            with raises(expected):
+                sock.connect_nowait((SERVER, 80))
+        with listen(network), raises(errno.EINPROGRESS):
+            sock.connect_nowait((SERVER, 80))
+
+
+def test_disconnecting_resets_and_the_same_port_may_connect_again(network: Network) -> None:
+    listener = listen(network)
+    client = network.client.socket()
+    client.bind(("", 4000))
+    for _ in range(2):
+        with raises(errno.EINPROGRESS):
+            client.connect_nowait((SERVER, 80))
+        network.world.run(0.1)
+        server, peer = listener.accept_nowait()
+        assert peer[1] == 4000
+        server.send_nowait(b"never read")
+        network.world.run(0.1)
+        client.disconnect()
+        network.world.run(0.1)
+        with raises(errno.ECONNRESET):
+            server.recv_nowait(1)
+        server.close()
+    assert client.take_error() == errno.ECONNRESET, "as the kernel leaves it behind"
+    with raises(errno.ENOTCONN):
+        client.recv_nowait(1)
+    client.close()
+    listener.close()
+
+
+def test_a_listener_that_is_shut_down_for_reading_listens_no_more(network: Network) -> None:
+    listener = listen(network)
+    listener.shutdown(socket.SHUT_WR)
+    with raises(errno.EAGAIN):
+        listener.accept_nowait()
+    listener.shutdown(socket.SHUT_RD)
+    with raises(errno.EINVAL):
+        listener.accept_nowait()
+    listener.listen()
+    with raises(errno.EAGAIN):
+        listener.accept_nowait()
+    listener.close()
+
+
+def test_shutting_down_ends_an_attempt_to_connect(network: Network) -> None:
+    with network.client.socket() as sock:
+        with raises(errno.EINPROGRESS):
+            sock.connect_nowait((SERVER, 80))
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.poll(0) == select.POLLHUP | select.POLLERR
+        assert sock.take_error() == errno.ECONNRESET
+        assert not network.client.tcp.connections
+
+
+def test_what_is_peeked_at_stays(network: Network) -> None:
+    client, server = connected(network)
+    with raises(errno.EAGAIN):
+        client.recv_nowait(10, socket.MSG_PEEK)
+    server.send_nowait(b"abcdef")
+    network.world.run(0.1)
+    assert client.recv_nowait(0, socket.MSG_PEEK) == b""
+    assert client.recv_nowait(4, socket.MSG_PEEK) == b"abcd"
+    assert client.recv_nowait(100, socket.MSG_PEEK) == b"abcdef"
+    assert client.recv_nowait(100) == b"abcdef"
+    server.close()
+    network.world.run(0.1)
+    assert client.recv_nowait(100, socket.MSG_PEEK) == b""
+    client.close()
+
+
+def test_a_datagram_that_is_peeked_at_stays(network: Network) -> None:
+    with (
+        network.client.socket(type=socket.SOCK_DGRAM) as client,
+        network.server.socket(type=socket.SOCK_DGRAM) as server,
+    ):
+        server.bind(("", 53))
+        assert server.poll(ALL) == select.POLLOUT
+        client.sendto_nowait(b"question", (SERVER, 53))
+        network.world.run(0.1)
+        assert server.poll(ALL) == select.POLLIN | select.POLLOUT
+        assert server.recv_nowait(100, socket.MSG_PEEK) == server.recv_nowait(100) == b"question"
+
+
+def test_more_to_come_holds_the_last_segment(network: Network) -> None:
+    client, server = connected(network)
+    client.send_nowait(b"first, ", socket.MSG_MORE)
+    network.world.run(0.05)
+    with raises(errno.EAGAIN):
+        server.recv_nowait(100)
+    client.send_nowait(b"last")
+    network.world.run(0.05)
+    assert server.recv_nowait(100) == b"first, last"
+    client.close()
+    server.close()
+
+
+def test_flags_that_are_not_there_are_refused(network: Network) -> None:
+    client, server = connected(network)
+    with raises(errno.EOPNOTSUPP):
+        client.recv_nowait(1, socket.MSG_OOB)
+    with raises(errno.EOPNOTSUPP):
+        client.send_nowait(b"x", socket.MSG_OOB)
+    client.close()
+    server.close()
+
+
+def test_how_much_waits_to_be_read_and_to_be_acknowledged(network: Network) -> None:
+    client, server = connected(network)
+    client.send_nowait(bytes(3000))
+    assert client.ioctl(SIOCOUTQ) == 3000
+    client.shutdown(socket.SHUT_WR)
+    assert client.ioctl(SIOCOUTQ) == 3001
+    network.world.run(0.1)
+    assert client.ioctl(SIOCOUTQ) == 0
+    assert server.ioctl(SIOCINQ) == 3000
+    server.recv_nowait(1000)
+    assert server.ioctl(SIOCINQ) == 2000
+    with raises(errno.ENOTTY):
+        server.ioctl(0)
+    with listen(network, 81) as listener, raises(errno.EINVAL):
+        listener.ioctl(SIOCINQ)
+    with network.client.socket() as fresh:
+        assert fresh.ioctl(SIOCINQ) == fresh.ioctl(SIOCOUTQ) == 0
+    client.close()
+    server.close()
