@@ -107,6 +107,11 @@ def adapting(trace: Trace, *, every: int) -> Result:
     return run.run(steps())
 
 
+def signed(change: float) -> str:
+    """A change in per cent; none at all is +0.0%."""
+    return f"{round(change, 3) + 0.0:+.1%}"
+
+
 @claim(
     26,
     "EP",
@@ -140,9 +145,10 @@ def what_a_profile_is_worth(terms: Terms) -> Outcome:
         "true" if max(early, online) > best / 2 and pages < 0.05 else "partly" if early > best / 2 else "false",
         f"A class of 1856 bytes removes {truesize:.0%} of what Ethernet frames waste of their charge and {pages:.1%} of the "
         f"pages. "
-        f"When the traffic changes, the pages held change by {early:+.1%} with classes from an early profile, {online:+.1%} "
+        f"When the traffic changes, the pages held change by {signed(early)} with classes from an early profile, "
+        f"{signed(online)} "
         f"with "
-        f"classes added while it runs, and {best:+.1%} with the best of hindsight.",
+        f"classes added while it runs, and {signed(best)} with the best of hindsight.",
         {
             "class 1856, waste of charge removed": truesize,
             "class 1856, pages saved": pages,

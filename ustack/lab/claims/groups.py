@@ -234,7 +234,7 @@ def two_designs(terms: Terms) -> Outcome:
             "waste, jumbo": waste[name, "jumbo"],
             "back after a burst": back[name],
             "frames from 64 pages": served[name][0],
-            "reserve back when 90 % are freed": served[name][1],
+            "reserve back when 90% are freed": served[name][1],
         }
     apart = waste["srog", "mtu+ack"] > 1.5 * waste["nta", "mtu+ack"] and back["srog"] > back["nta"]
     return Outcome(
@@ -242,6 +242,6 @@ def two_designs(terms: Terms) -> Outcome:
         f"They buy different things. NTA wastes {waste['nta', 'mtu+ack']:.0%} of its pages with a bulk transfer, SROG "
         f"{waste['srog', 'mtu+ack']:.0%}; 64 pages of reserve serve {served['nta'][0]} frames with NTA and "
         f"{served['srog'][0]} with "
-        f"SROG. But when 90 % of them are freed, {served['nta'][1]:.0%} and {served['srog'][1]:.0%} of the reserve are back.",
+        f"SROG. But when 90% of them are freed, {served['nta'][1]:.0%} and {served['srog'][1]:.0%} of the reserve are back.",
         figures,
     )

@@ -182,10 +182,10 @@ def come_back(name: str, trace: Trace, **options: object) -> float:
     29,
     "PZ",
     "The real problem of SLAB is to get pages back from it",
-    prior="after a burst of which 1 % stays, SROG gives all back, SLAB few pages, NTA none",
+    prior="after a burst of which 1% stays, SROG gives all back, SLAB few pages, NTA none",
 )
 def pages_that_come_back(terms: Terms) -> Outcome:
-    """A burst, of which 99 % is freed at random."""
+    """A burst, of which 99% is freed at random."""
     packets = terms.size(2000, 8000)
     traces = {
         "packets": burst("packets", mtu_and_ack, packets=packets, left=packets // 100, seed=terms.seed),
@@ -246,7 +246,7 @@ def heads_of_others(terms: Terms) -> Outcome:
     others = pool.held_pages() - heads.held_pages()
     return Outcome(
         "true" if shared > 0.5 and waste > needed else "false",
-        f"{shared:.0%} of the pages with heads have heads of several sockets. When 2 % of a burst stay, their heads hold "
+        f"{shared:.0%} of the pages with heads have heads of several sockets. When 2% of a burst stay, their heads hold "
         f"{heads.held_pages()} pages where {needed} would do; their data hold {others}.",
         {"shared": shared, "head pages held": heads.held_pages(), "needed": needed, "data pages held": others},
         f"not small: the heads of the survivors hold {heads.held_pages() / needed:.0f} times what they need"
