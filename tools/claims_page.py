@@ -236,9 +236,11 @@ def write_page(reports: list[Report], figures: dict[str, dict[str, Report]]) -> 
         lines += claim_table(by_number.pop(number) for number in numbers)
     assert not by_number, f"claims without a section: {sorted(by_number)}"
     lines.append(EXPECTED)
+    priors = {claim.number: claim.prior for claim in claims()}
+    lines += [row("#", "expected", "measured"), "|-|-|-|"]
     for report in reports:
         if report["measured"]["contradicts"]:
-            lines.append(f"- {report['number']}: {report['measured']['contradicts']}.")
+            lines.append(row(report["number"], priors[report["number"]], report["measured"]["contradicts"]))
     return "\n".join(lines) + "\n"
 
 
