@@ -15,7 +15,7 @@ from pools.gfp import ATOMIC
 from pools.kmalloc import SIZES, KmallocPool
 from pools.slab import object_size
 from pools.srog import SrogPool
-from pools.testing import PoolConformance
+from pools.testing import Chunk, Ledger, PoolConformance
 from tests import leaks
 
 
@@ -109,6 +109,29 @@ def test_the_fallback_of_srog_settles_what_its_kmalloc_charged() -> None:
     for addr in live:
         pool.free(addr, 4000)
     assert pool.stats.charged == 0
+
+
+def test_classes_may_come_at_any_time() -> None:
+    random = Random(26)
+    ledger = Ledger(lambda pages: KmallocPool(pages, lanes=2))
+    live: list[Chunk] = []
+    pool = ledger.pool
+    assert isinstance(pool, KmallocPool)
+    for step in range(4000):
+        if step % 400 == 200:
+            pool.add_class(advise({chunk.size: 1.0 for chunk in live}, 1, classes=sizes_of(pool), cost=float).classes[0])
+        if live and random.random() < 0.48:
+            ledger.free(live.pop(random.randrange(len(live))), random.randrange(2))
+        elif (chunk := ledger.alloc(random.randrange(1, 5000), ATOMIC, random.randrange(2))) is not None:
+            live.append(chunk)
+        if step % 100 == 0:
+            ledger.check_deeply()
+    assert len(sizes_of(pool)) == len(SIZES) + 10 - sum(size > pool.max_size for size in SIZES)
+    ledger.close()
+
+
+def sizes_of(pool: KmallocPool) -> list[int]:
+    return [cache.size for cache in pool.caches()[:-1]]
 
 
 class TestConformanceWithAddedClasses(PoolConformance):
