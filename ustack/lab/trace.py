@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """Steps with a name. `heads`: each packet has a head. Packets that are not freed in the trace are alive at its end."""
+    """Steps with a name, which is one word. `heads`: each packet has a head. What is not freed is alive at the end."""
 
     name: str
     steps: tuple[Step, ...]
