@@ -87,7 +87,11 @@ class ReserveModel:
     drop_rule: bool = True
     """A frame in a buffer from the reserve that is for an ordinary socket is dropped."""
     prune: bool = True
-    """Out-of-order data is given up when there is no memory for data in order (paged)."""
+    """Out-of-order data is given up when there is no memory for data in order."""
+    head_last: bool = False
+    """A linear frame's head is allocated when its owner is known, and for him: no page free for him, no head, and the buffer
+    stays in the ring. (In a page are so many heads that none is counted.) Otherwise it comes with the buffer, as in 2006.
+    """
     admission: bool = False
     """A new request begins only while more than half of the reserve is free."""
     limit: int | None = None
@@ -100,7 +104,8 @@ class ReserveModel:
 
     @property
     def enough(self) -> int:
-        """The smallest reserve with which there is always progress under all rules (found by exploring, see the tests).
+        """The smallest reserve with which there is always progress under all rules (found by exploring, see the tests). With
+        admission, or with heads last, less may be enough.
 
         Paged: one frame, whatever is in flight, for acknowledgments need no memory and out-of-order data is given up for data
         in order. Linear: one buffer more than the ring posts, and one more than what may be held while it waits for a frame:
@@ -147,6 +152,8 @@ class ReserveModel:
             if self._allows(self.free(state), False):
                 yield Step(ORDINARY_FRAME, "a frame for a blocked socket is kept", state._replace(blocked=state.blocked + 1))
         elif state.ring and not (state.ring[0] and self.drop_rule):
+            if self.head_last and not self._allows(self.free(state), False):
+                return
             of = "a buffer from the reserve" if state.ring[0] else "its buffer"
             after = state._replace(blocked=state.blocked + 1, ring=state.ring[1:])
             yield Step(ORDINARY_FRAME, f"a frame for a blocked socket is kept, and takes {of} along", after)
@@ -175,20 +182,21 @@ class ReserveModel:
         if self.linear and (not state.ring or (state.ring[0] and self.drop_rule and not self.memalloc)):
             return
         owed = state.reached // self.request * self.reply - state.read - state.unread
-        acked = state._replace(acked=state.reached, ring=state.ring[1:])
-        fits = self.linear or self._allows(self.free(acked), self.memalloc)
+        acked = state._replace(acked=state.reached)
+        taken = acked._replace(ring=state.ring[1:])
+        fits = (self.linear and not self.head_last) or self._allows(self.free(acked), self.memalloc)
         if owed > 0 and state.unread < self.window:
             if fits:
-                yield Step(REPLY, "the next frame of a reply comes and is kept", _in_order(acked))
+                yield Step(REPLY, "the next frame of a reply comes and is kept", _in_order(taken))
             elif self.prune and state.ahead:
                 pruned = acked._replace(ahead=0)
                 if self._allows(self.free(pruned), self.memalloc):
-                    pruned = _in_order(pruned)
+                    pruned = _in_order(taken._replace(ahead=0))
                 yield Step(REPLY, "the next frame of a reply comes, and what was out of order is given up for it", pruned)
         for index in range(1, min(owed, self.window - state.unread)):
             if fits and not state.ahead >> index & 1:
                 text = f"a frame of a reply comes {index} too early and is kept"
-                yield Step(REPLY_OUT_OF_ORDER, text, acked._replace(ahead=state.ahead | 1 << index))
+                yield Step(REPLY_OUT_OF_ORDER, text, taken._replace(ahead=state.ahead | 1 << index))
 
     def _read(self, state: ReserveState) -> Iterator[Step[ReserveState]]:
         if not state.unread:
@@ -238,4 +246,7 @@ def configurations() -> list[ReserveModel]:
         replace(throttled, name="linear, admission, reserve twice the ring + 1", reserve=5),
         replace(throttled, name="linear, admission, reserve twice the ring", reserve=4),
         replace(linear, name="linear, no reserve, blocked are limited", reserve=0, limit=2),
+        replace(linear, name="linear, head last", head_last=True),
+        replace(linear, name="linear, head last, no drop rule", head_last=True, drop_rule=False),
+        replace(linear, name="linear, head last, no reserve", head_last=True, reserve=0),
     ]
