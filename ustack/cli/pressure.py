@@ -31,7 +31,7 @@ def pressure() -> None:
 @pressure.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects instead of the table.")
 @click.option("--only", type=Numbers(), help="Measure these claims only, such as 18,29.")
-@click.option("--full", is_flag=True, help="Measure with more traffic, which takes minutes.")
+@click.option("--full", is_flag=True, help="Measure with more traffic, for about a minute.")
 @click.option("--seed", type=int, help="The seed of the traffic.")
 def claims(as_json: bool, only: list[int] | None, full: bool, seed: int | None) -> None:
     """Measure what was claimed about memory for packets, and say what is true.
