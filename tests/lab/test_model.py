@@ -113,7 +113,7 @@ VERDICTS = {
     "linear, reserve as large as the ring": False,
     "linear, out of order, reserve for it": True,
     "linear, out of order, reserve too small": False,
-    "linear, admission, reserve twice the ring + 1": True,
+    "linear, admission, larger reserve": True,
     "linear, admission, reserve twice the ring": False,
     "linear, no reserve, blocked are limited": True,
     "linear, head last": True,

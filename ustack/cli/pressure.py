@@ -92,13 +92,11 @@ def model(names: tuple[str, ...], trace: bool) -> None:
     results = [(each, check(each)) for each in chosen]
     table = Table(box=None, pad_edge=False)
     table.add_column("configuration", no_wrap=True)
-    for heading in ("pages", "reserve", "states", "steps"):
+    for heading in ("reserve", "states", "steps"):
         table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    table.add_column("verdict", no_wrap=True)
     for each, result in results:
-        table.add_row(
-            each.name, str(each.pages), str(each.reserve), str(result.states), str(result.steps), result.verdict.value
-        )
+        table.add_row(each.name, str(each.reserve), str(result.states), str(result.steps), result.verdict.value)
     Console().print(table)
     if trace:
         for each, result in results:

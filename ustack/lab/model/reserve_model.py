@@ -243,7 +243,7 @@ def configurations() -> list[ReserveModel]:
         replace(linear, name="linear, reserve as large as the ring", reserve=2),
         replace(wide, name="linear, out of order, reserve for it", reserve=4),
         replace(wide, name="linear, out of order, reserve too small", reserve=3),
-        replace(throttled, name="linear, admission, reserve twice the ring + 1", reserve=5),
+        replace(throttled, name="linear, admission, larger reserve", reserve=5),
         replace(throttled, name="linear, admission, reserve twice the ring", reserve=4),
         replace(linear, name="linear, no reserve, blocked are limited", reserve=0, limit=2),
         replace(linear, name="linear, head last", head_last=True),
