@@ -12,14 +12,19 @@ ARGS ?=
 PYTHONS := $(wildcard pools ustack tests tools)
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help setup run test lint format bench soak docs clean
+.PHONY: help setup compile run test lint format bench soak docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
 
-setup: ## virtual environment in .venv with ustack and the tools for tests and lint
-	@tools/make-venv $(VENV) test,lint
+setup: ## virtual environment in .venv with ustack and the tools for tests and lint; compiles the hot path where it can
+	@tools/make-venv $(VENV) test,lint,compile
+	@$(VENV)/bin/python tools/compile_hot_path.py
+
+compile: ## compile the hot path again, after a change of the sources
+	@tools/make-venv $(VENV) test,lint,compile
+	@$(VENV)/bin/python tools/compile_hot_path.py --force
 
 run: setup ## the demo: our stack on a TAP copies a disk over NBD, under memory pressure too
 	@$(VENV)/bin/ustack demo
@@ -27,6 +32,7 @@ run: setup ## the demo: our stack on a TAP copies a disk over NBD, under memory 
 test: setup ## every test; installs the programs they talk to when run as root
 	@tools/install-system-packages || [ "$(CI)" != true ]
 	@$(VENV)/bin/python -m pytest -n $(JOBS) -m 'not benchmark_only' --benchmark-disable $(ARGS)
+	@[ -n "$(ARGS)" ] || tools/test-compiled $(VENV) -n $(JOBS) --benchmark-disable
 
 lint: setup ## style, types, arrows between layers
 	@$(VENV)/bin/ruff check $(PYTHONS)

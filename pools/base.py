@@ -18,6 +18,8 @@ from abc import ABC, abstractmethod
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from mypy_extensions import mypyc_attr
+
 if TYPE_CHECKING:
     from pools.buddy import PageAllocator
 
@@ -45,6 +47,7 @@ class PoolStats:
         self.charged_peak = 0
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Pool(ABC):
     """Packet memory on the pages of one `PageAllocator`.
 

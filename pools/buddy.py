@@ -21,6 +21,8 @@ from __future__ import annotations
 from math import isqrt
 from typing import TYPE_CHECKING, Final
 
+from mypy_extensions import mypyc_attr
+
 from pools.arena import PAGE_SHIFT
 from pools.base import NULL, DoubleFree
 from pools.gfp import MEMALLOC, NOMEMALLOC
@@ -61,6 +63,7 @@ def default_min_pages(pages: int) -> int:
     return min(max(128, min(65536, isqrt(16 * kib))) << 10 >> PAGE_SHIFT, pages >> 3)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class PageAllocator:
     """Hands out the pages of `arena`. `min_pages` is the size of the reserve; by default that of `default_min_pages`.
 

@@ -141,4 +141,4 @@ class Mib:
 
     def as_dict(self) -> dict[str, int]:
         """All counters by name."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in dir(self) if name[0].isupper()}

@@ -87,7 +87,7 @@ def devices(stack: Stack) -> list[dict[str, Any]]:
                 "mac": link.mac.hex(":"),
                 "mtu": link.mtu,
                 "address": f"{_text(interface.address)}/{interface.prefix_len}",
-                "stats": {name: getattr(stats, name) for name in stats.__slots__},
+                "stats": {name: getattr(stats, name) for name in dir(stats) if not name.startswith("_")},
                 "neighbours": [
                     {
                         "address": _text(neighbour.address),

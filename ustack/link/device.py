@@ -14,6 +14,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
 
+from mypy_extensions import mypyc_attr
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -47,6 +49,7 @@ class DeviceStats:
         self.tx_errors = 0
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Device(ABC):
     """A network device. `mac` is the stack's own address on it (6 bytes)."""
 

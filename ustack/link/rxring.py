@@ -22,6 +22,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from mypy_extensions import mypyc_attr
+
 from pools.arena import PAGE_MASK, PAGE_SHIFT
 from pools.base import NULL
 from pools.gfp import ATOMIC, MEMALLOC
@@ -79,6 +81,7 @@ class RxFrame:
         return self.ring.keep(offset, length, gfp)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RxRing(ABC):
     """Posted receive memory for frames of up to `max_frame` bytes. A device reads into `iov` and then delivers `frame`.
 
@@ -123,6 +126,7 @@ class RxRing(ABC):
         self.frame.len = len(data)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class PagedRing(RxRing):
     """Packet split: a header buffer that stays, and pages that leave with large frames. Raises OSError ENOMEM when made
     without memory.
@@ -215,6 +219,7 @@ class PagedRing(RxRing):
         self.iov.clear()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LinearRing(RxRing):
     """Whole-frame buffers, posted in advance. `emergency`, set by the stack while a memalloc socket exists, lets them come from
     the reserve. Raises OSError ENOMEM when made without memory.

@@ -83,12 +83,15 @@ class TcpOptions:
         self.sack: tuple[tuple[int, int], ...] = ()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TcpOptions) and all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+        return isinstance(other, TcpOptions) and repr(self) == repr(other)
 
     __hash__ = None  # type: ignore[assignment]  # mutable, and compared by value
 
     def __repr__(self) -> str:
-        return f"TcpOptions({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+        return (
+            f"TcpOptions(mss={self.mss}, sack={self.sack}, sack_permitted={self.sack_permitted}, "
+            f"ts_ecr={self.ts_ecr}, ts_val={self.ts_val}, wscale={self.wscale})"
+        )
 
 
 def parse_options(buffer: Buffer, start: int, end: int) -> TcpOptions:

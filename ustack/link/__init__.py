@@ -1,0 +1,1 @@
+"""Devices: what delivers frames from posted memory and takes frames to send."""
