@@ -50,6 +50,7 @@ class Bench:
     """
 
     def __init__(self, netns: Namespace) -> None:
+        self.netns = netns
         netns.sysctl("net.ipv6.conf.default.disable_ipv6", 1)
         netns.run("ip", "tuntap", "add", "dev", "tap0", "mode", "tap")
         netns.set_up("tap0")
@@ -188,6 +189,17 @@ class Bench:
             assert tcp.ack == self.seq & 0xFFFFFFFF
         self.ack += len(data) + bool(tcp.flags & TH_SYN) + bool(tcp.flags & TH_FIN)
         return tcp
+
+    def take_data(self) -> bytes:
+        """The next segment with data, whatever it carries; it is acknowledged at once."""
+        assert self._read(lambda: bool(self._packets), PATIENCE), "no packet, data was expected"
+        _, tcp = self._packets.popleft()
+        data: bytes = tcp.data
+        if tcp.seq != self.ack & 0xFFFFFFFF:
+            return b""
+        self.ack += len(data)
+        self.inject(".")
+        return data
 
     def expect_silence(self) -> None:
         """No segment comes."""

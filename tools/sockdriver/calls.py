@@ -19,7 +19,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from tools.sockdriver import blocking
-from tools.sockdriver.arguments import Arguments, BadRequest, Unsupported, constant
+from tools.sockdriver.arguments import Arguments, BadRequest, Unsupported
 from tools.sockdriver.descriptors import Descriptors, change
 from ustack.socket import SIOCINQ, SIOCOUTQ
 from ustack.transport.tcp.states import FIN_ACKED
@@ -41,6 +41,7 @@ RECV_FLAGS: Final = NO_EFFECT | socket.MSG_PEEK | socket.MSG_WAITALL | socket.MS
 
 SOCKET_FLAGS: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
+MASK64: Final = (1 << 64) - 1
 LINGER: Final = struct.Struct("ii")
 LINGER_TICK: Final = 0.001
 """Seconds between two looks at whether the peer has acknowledged the FIN of a lingering close, which nobody is told of."""
@@ -186,9 +187,9 @@ class Calls:
         if value is None:
             raise _error(errno.EFAULT)
         if isinstance(value, dict):
-            value = LINGER.pack(constant(value.get("onoff", 0)), constant(value.get("linger", 0)))
+            value = _linger(Arguments(value))
         elif isinstance(value, int):
-            value = struct.pack("q", value)[: max(args.number("len", 4), 0)]
+            value = (value & MASK64).to_bytes(8, "little")[: max(args.number("len", 4), 0)]
         elif isinstance(value, str):
             value = value.encode()
         else:
@@ -233,10 +234,10 @@ class Calls:
     async def poll(self, args: Arguments) -> Reply:
         """poll(2)"""
         asked: list[tuple[int, int]] = []
-        for each in args.get("fds", []):
-            if not isinstance(each, dict):
-                raise BadRequest("'fds' is not a list of objects")
-            entry = Arguments(each)
+        fds = args.get("fds", [])
+        if not isinstance(fds, list) or not all(isinstance(each, dict) for each in fds):
+            raise BadRequest("'fds' is not a list of objects")
+        for entry in map(Arguments, fds):
             asked.append((entry.number("fd"), entry.flags("events")))
         timeout = args.number("timeout", -1)
         revents = self._ready(asked)
@@ -272,3 +273,11 @@ def _option(args: Arguments) -> Iterator[None]:
         if error.errno != errno.ENOPROTOOPT:
             raise
         raise Unsupported(f"option {args.get('opt')} of {args.get('level')}") from None
+
+
+def _linger(value: Arguments) -> bytes:
+    """A struct linger."""
+    try:
+        return LINGER.pack(value.number("onoff", 0), value.number("linger", 0))
+    except struct.error as error:
+        raise BadRequest(f"linger: {error}") from None

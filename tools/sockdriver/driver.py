@@ -36,7 +36,7 @@ class Request:
         """Raises BadRequest for what is no request."""
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRequest(f"not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise BadRequest("not a JSON object")
