@@ -37,7 +37,7 @@ test: setup ## every test; installs the programs they talk to when run as root
 lint: setup ## style, types, arrows between layers
 	@$(VENV)/bin/ruff check $(PYTHONS)
 	@$(VENV)/bin/ruff format --check --quiet $(PYTHONS) || { echo "lint: not formatted; 'make format' does it" >&2; exit 1; }
-	@$(VENV)/bin/mypy $(wildcard pools ustack tests tools/*.py)
+	@$(VENV)/bin/mypy $(wildcard pools ustack tests tools/*.py tools/sockdriver)
 	@$(VENV)/bin/lint-imports
 
 format: setup ## put the code into the form that lint asks for
