@@ -122,7 +122,7 @@ def test_a_packet_that_finds_no_memory_to_wait_in_is_counted(host: BenchHost) ->
     pages = host.env.memory.pages
     host.env.memory.pool.reap()
     owner = pages.owner_id("test")
-    taken = []
+    taken: list[int] = []
     while pfns := pages.alloc_bulk(1, 0, owner):
         taken += pfns
     assert not send(host, bytes(1400))
