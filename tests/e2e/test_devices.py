@@ -15,10 +15,18 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.e2e
 
 
-@pytest.mark.parametrize("address", ["10.77.0.0/24", "224.0.0.1/24", "fd00::1/64", "nonsense"])
-def test_an_address_that_cannot_be_used_releases_the_device(netns: Namespace, address: str) -> None:
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("10.77.0.0/24", "names the network"),
+        ("224.0.0.1/24", "cannot be the IPv4 address"),
+        ("fd00::1/64", "IPv6 is not available"),
+        ("nonsense", "does not appear to be"),
+    ],
+)
+def test_an_address_that_cannot_be_used_releases_the_device(netns: Namespace, address: str, reason: str) -> None:
     stack = Stack(memory=4 << 20)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=reason):
         stack.add_interface(netns.open(TapDevice, "tap0"), address)
     again = netns.open(TapDevice, "tap0")  # EBUSY while somebody holds it
     again.close()
