@@ -40,8 +40,10 @@ _UNPREDICTED: Final = 0x3F & ~PSH
 """The flags that a predicted segment has none of, but for ACK."""
 
 RATIO_MIN: Final = 32
-RATIO_MAX: Final = 240
-"""Bounds of `win_ratio`, in 256ths: however small or large segments are, the window stays within them."""
+RATIO_MAX: Final = 160
+"""Bounds of `win_ratio`, in 256ths: however small or large segments are, the window stays within them. The upper one is what
+single segments of 1448 bytes carry: a peer that sent super-frames may send these next, and what was promised to it must still
+fit."""
 
 
 def unwrap(wire: int, near: int) -> int:
