@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 COMPILED = BUILD / "compiled"
-PTH = Path(sysconfig.get_path("purelib")) / "_a_ustack_compiled.pth"  # sorts before _ustack.pth, the editable installation
+PTH = Path(sysconfig.get_path("purelib")) / "_a_ustack_compiled.pth"  # sorts before the .pth of the editable installation
 STAMP = COMPILED / "stamp"
 
 HOT = (
