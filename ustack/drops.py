@@ -81,8 +81,6 @@ class DropReason(IntEnum):
     """Data to the right of the window that we advertised."""
     TCP_RFC7323_PAWS = auto()
     """An old timestamp (RFC 7323, section 5)."""
-    TCP_INVALID_SEQUENCE = auto()
-    """A segment outside the receive window (RFC 9293, section 3.10.7.4)."""
     TCP_INVALID_SYN = auto()
     """A SYN on a synchronized connection (RFC 5961, section 4)."""
     TCP_INVALID_ACK = auto()

@@ -25,14 +25,11 @@ class Mib:
         "TcpExtListenDrops",
         "TcpExtListenOverflows",
         "TcpExtPFMemallocDrop",
-        "TcpExtTCPAbortOnMemory",
         "TcpExtTCPAbortOnTimeout",
-        "TcpExtTCPAutoCorking",
         "TcpExtTCPChallengeACK",
         "TcpExtTCPFastRetrans",
         "TcpExtTCPHPHits",
         "TcpExtTCPKeepAlive",
-        "TcpExtTCPMemoryPressures",
         "TcpExtTCPOFOQueue",
         "TcpExtTCPRcvPruned",
         "TcpExtTCPRenoRecovery",
@@ -86,12 +83,8 @@ class Mib:
         """Those of TcpExtListenDrops that found the queue of connections to accept full."""
         self.TcpExtPFMemallocDrop = 0
         """Segments in the reserve for sockets that may not use it: the drop rule."""
-        self.TcpExtTCPAbortOnMemory = 0
-        """Connections ended for want of memory."""
         self.TcpExtTCPAbortOnTimeout = 0
         """Connections given up because the peer answered neither retransmissions nor probes."""
-        self.TcpExtTCPAutoCorking = 0
-        """Small writes held back because earlier ones still waited in the device."""
         self.TcpExtTCPChallengeACK = 0
         """Challenge ACKs sent (RFC 5961)."""
         self.TcpExtTCPFastRetrans = 0
@@ -100,8 +93,6 @@ class Mib:
         """Segments that header prediction matched."""
         self.TcpExtTCPKeepAlive = 0
         """Keepalive probes sent."""
-        self.TcpExtTCPMemoryPressures = 0
-        """Times that TCP came under memory pressure."""
         self.TcpExtTCPOFOQueue = 0
         """Segments queued out of order."""
         self.TcpExtTCPRcvPruned = 0

@@ -35,6 +35,8 @@ def _error(code: int) -> OSError:
 def _number(value: int | bytes) -> int:
     if isinstance(value, int):
         return value
+    if len(value) == 1:
+        return value[0]  # as ip(7) has it
     if len(value) < 4:
         raise _error(errno.EINVAL)
     return int.from_bytes(value[:4], "little", signed=True)

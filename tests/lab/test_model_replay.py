@@ -59,8 +59,8 @@ class RingOf2006(LinearRing):
                 break
             self._skbs.append(skb)
             self._posted.append((skb.addr, skb.pfmemalloc))
-            if len(self._posted) == 1:
-                self._aim()
+        if self._posted:
+            self._aim()
         return bool(self._posted)
 
     def keep(self, offset: int, length: int, gfp: int) -> Skb | None:
@@ -69,8 +69,6 @@ class RingOf2006(LinearRing):
         skb.data += offset
         skb.tail = skb.data + length
         skb.len = length
-        if self.ready():
-            self._aim()
         return skb
 
     def close(self) -> None:

@@ -137,8 +137,8 @@ def test_a_kept_linear_frame_takes_its_buffer_and_another_is_posted() -> None:
     skb = ring.frame.keep(14, 1500, ATOMIC)
     assert skb is not None
     assert skb.truesize >= 1514, "the whole buffer counts"
-    assert ring.frame.head is not first
     assert ring.ready()
+    assert ring.frame.head is not first
     skb.free()
     ring.close()
 
@@ -151,13 +151,17 @@ def test_a_linear_ring_takes_from_the_reserve_only_in_an_emergency() -> None:
     ring.emergency = True
     kept = []
     for _ in range(LINEAR_RING_FRAMES + 1):
+        assert ring.ready()
         ring.fill(bytes_of(60))
         kept.append(ring.frame.keep(0, 60, MEMALLOC))
+    assert ring.ready()
     assert ring.frame.pfmemalloc, "what lands here is in the reserve, and the drop rule decides about it"
     for skb in kept:
         assert skb is not None
         skb.free()
     memory.pages.free_bulk(taken)
+    assert ring.ready()
+    assert not ring.frame.pfmemalloc, "when there is memory again, ordinary sockets receive again"
     ring.close()
 
 

@@ -308,12 +308,21 @@ def test_when_memory_is_short_only_memalloc_sockets_receive(host: BenchHost) -> 
     give_back()
 
 
+class RingInTheReserve(LinearRing):
+    """A ring all of whose buffers came from the reserve."""
+
+    __slots__ = ()
+
+    def _aim(self) -> None:
+        super()._aim()
+        self.frame.pfmemalloc = True
+
+
 def test_a_frame_that_lies_in_the_reserve_is_only_for_memalloc_sockets() -> None:
-    host = BenchHost(ring=LinearRing, features=0, pages=512)
+    host = BenchHost(ring=RingInTheReserve, features=0, pages=512)
     host.arrive_arp(1, host.peer, host.address)
     bound(host, 1000)
     privileged = bound(host, 1001, memalloc=True)
-    host.device.ring.frame.pfmemalloc = True
     arrive(host, b"ordinary", dport=1000)
     arrive(host, b"privileged", dport=1001)
     assert privileged.recvfrom_nowait(100)[0] == b"privileged"

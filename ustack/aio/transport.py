@@ -155,7 +155,8 @@ class StreamTransport(asyncio.Transport):
         if reset:
             self._sock.abort()
         self._sock.close()
-        self._loop.call_soon(self._protocol.connection_lost, error)
+        if not self._loop.is_closed():
+            self._loop.call_soon(self._protocol.connection_lost, error)
 
     # -- writing --
 

@@ -225,12 +225,13 @@ class LinearRing(RxRing):
     the reserve. Raises OSError ENOMEM when made without memory.
     """
 
-    __slots__ = ("_posted", "emergency")
+    __slots__ = ("_aimed", "_posted", "emergency")
 
     def __init__(self, memory: SkbMemory, max_frame: int, prefix: bytearray | None = None) -> None:
         super().__init__(memory, max_frame, prefix)
         self.emergency = False
         self._posted: deque[tuple[int, bool]] = deque()
+        self._aimed = NULL  # the buffer that `frame` and `iov` mean
         self.iov.append(self.frame.head)
         if not self.ready():
             raise OSError(
@@ -238,7 +239,7 @@ class LinearRing(RxRing):
             )
 
     def ready(self) -> bool:
-        """Post what is missing; whether at least one buffer is posted."""
+        """Post what is missing, and aim at the buffer that is next; whether there is one."""
         posted = self._posted
         pool = self.memory.pool
         while len(posted) < LINEAR_RING_FRAMES:
@@ -246,13 +247,29 @@ class LinearRing(RxRing):
             if addr == NULL:
                 break
             posted.append((addr, pool.pfmemalloc))
-            if len(posted) == 1:
-                self._aim()
-        return bool(posted)
+        if not posted:
+            return False
+        if posted[0][1]:
+            self._replace_reserve_buffer()
+        self._aim()
+        return True
 
     def _aim(self) -> None:
         addr, self.frame.pfmemalloc = self._posted[0]
-        self.frame.head = self.iov[-1] = self.memory.arena.view(addr, self.max_frame)
+        if addr != self._aimed:
+            self._aimed = addr
+            self.frame.head = self.iov[-1] = self.memory.arena.view(addr, self.max_frame)
+
+    def _replace_reserve_buffer(self) -> None:
+        """The next buffer came from the reserve, so that no ordinary socket would get what lands in it: take another if there
+        is one.
+        """
+        pool = self.memory.pool
+        addr = pool.alloc(self.max_frame, ATOMIC, self.memory.cpu)
+        if addr != NULL:
+            old, _ = self._posted.popleft()
+            pool.free(old, self.max_frame, self.memory.cpu)
+            self._posted.appendleft((addr, False))
 
     def views(self, offset: int, length: int) -> list[memoryview]:
         """Views on the frame's bytes in the ring."""
@@ -268,8 +285,7 @@ class LinearRing(RxRing):
         skb.tail = skb.data + length
         skb.len = length
         self._posted.popleft()
-        if self.ready():
-            self._aim()
+        self._aimed = NULL
         return skb
 
     def close(self) -> None:

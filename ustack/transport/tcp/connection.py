@@ -350,8 +350,8 @@ class Connection:
         return 0
 
     def _raise_nothing_to_read(self, limit: int) -> None:
-        if self.receive_queue.queue and not limit:
-            return
+        if (self.receive_queue.queue and not limit) or 0 <= self.fin_seq < self.rcv_nxt:
+            return  # the stream has ended in order: a reset that came later is for who writes
         self.raise_error()
         if not self.at_end and limit:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

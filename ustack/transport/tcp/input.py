@@ -501,8 +501,7 @@ def _take(conn: Connection, segment: ArrivingSegment, offset: int, size: int) ->
     reason = _make_room(conn)
     if reason is None and not queue.put(frame, offset, size, conn.rcv_nxt, conn.gfp):
         if queue.ofo:
-            conn.tcp.env.mib.TcpExtTCPRcvPruned += 1
-            queue.prune_out_of_order()
+            _prune_out_of_order(conn)
         reason = None if queue.put(frame, offset, size, conn.rcv_nxt, conn.gfp) else DropReason.NOMEM
     if reason is None:
         if _learn_mss(conn, segment, size):
@@ -524,10 +523,16 @@ def _make_room(conn: Connection) -> DropReason | None:
     elif conn.tcp.over_limit and not conn.options.memalloc and queue.truesize >= conn.tcp.config.rmem_min:
         reason = DropReason.PROTO_MEM
     if reason is not None and queue.ofo:
-        conn.tcp.env.mib.TcpExtTCPRcvPruned += 1
-        queue.prune_out_of_order()
+        _prune_out_of_order(conn)
         return _make_room(conn)
     return reason
+
+
+def _prune_out_of_order(conn: Connection) -> None:
+    """Give up what lies right of a hole, for what fills it (tcp_prune_ofo_queue)."""
+    env = conn.tcp.env
+    env.mib.TcpExtTCPRcvPruned += 1
+    env.drops.counts[DropReason.TCP_OFO_QUEUE_PRUNE] += conn.receive_queue.prune_out_of_order()
 
 
 def _out_of_order(conn: Connection, segment: ArrivingSegment, offset: int, seq: int, end: int) -> DropReason | None:

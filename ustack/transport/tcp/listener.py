@@ -7,6 +7,7 @@ import os
 from collections import deque
 from typing import TYPE_CHECKING
 
+from ustack.drops import DropReason
 from ustack.transport.events import READABLE, nobody
 from ustack.transport.tcp import output
 from ustack.transport.tcp.input import accept_syn
@@ -39,15 +40,17 @@ class Listener:
         self.wake: Callable[[int], None] = nobody
         self._closed = False
 
-    def may_open(self) -> bool:
-        """Whether another SYN may be answered now; counts the refusal when not (tcp_conn_request)."""
+    def refusal(self) -> DropReason | None:
+        """Why another SYN must not be answered now, counted; None when it may be (tcp_conn_request, sk_acceptq_is_full)."""
         mib = self.tcp.env.mib
-        if len(self.queue) >= self.backlog:
+        if len(self.queue) > self.backlog:
             mib.TcpExtListenOverflows += 1
-        elif len(self.half_open) < self.tcp.config.max_syn_backlog:
-            return True
-        mib.TcpExtListenDrops += 1
-        return False
+            mib.TcpExtListenDrops += 1
+            return DropReason.LISTEN_OVERFLOW
+        if len(self.half_open) >= self.tcp.config.max_syn_backlog:
+            mib.TcpExtListenDrops += 1
+            return DropReason.SYN_OVERFLOW
+        return None
 
     def on_syn(self, conn: Connection) -> None:
         """A SYN came for us: `conn` is new and answers it with its SYN-ACK."""

@@ -12,7 +12,7 @@ from ustack.link.device import ETH_HLEN
 from ustack.timers import NEVER
 from ustack.transport.events import SHUT_WR
 from ustack.transport.tcp.inflight import Segment
-from ustack.transport.tcp.recovery import OPEN
+from ustack.transport.tcp.recovery import OPEN, RECOVERY
 from ustack.transport.tcp.states import State
 from ustack.wire.tcp import (
     ACK,
@@ -455,6 +455,8 @@ def _retransmit_lost(conn: Connection) -> None:
         inflight.on_retransmit(index, now)
         in_flight += size
         env.mib.TcpRetransSegs += 1
+        if conn.recovery.phase is RECOVERY:
+            env.mib.TcpExtTCPFastRetrans += 1
         flags = ACK | PSH if size and segment.seq + size == conn.send_queue.end else ACK
         transmit(conn, segment.seq, size, flags | FIN if segment.fin else flags)
     if inflight.segments and not conn.retransmit_timer.pending:

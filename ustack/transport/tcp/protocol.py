@@ -223,12 +223,13 @@ class Tcp:
         if packet.frame.pfmemalloc and not listener.options.memalloc:
             self._drop_pfmemalloc()
             return None
-        if not listener.may_open():
-            return DropReason.LISTEN_OVERFLOW
+        refused = listener.refusal()
+        if refused is not None:
+            return refused
         try:
             path = self.ip.path(packet.src, packet.dst)
         except OSError:
-            return DropReason.IP_OUTNOROUTES
+            return None  # counted where the route was looked for
         conn = self._new(path, key, listener.options.copy(), used)
         listener.on_syn(conn)
         return None
