@@ -77,6 +77,14 @@ def pack_host(host: str) -> bytes | None:
         raise names.gaierror(names.EAI_NONAME, f"{host!r} is not an IPv4 address, and the stack has no name service") from None
 
 
+def _destination(address: Address) -> tuple[bytes | None, int]:
+    """`address` with its host packed (`pack_host`). Raises gaierror for a name, OverflowError for a port that is none."""
+    host, port = address
+    if not 0 <= port <= 65535:
+        raise OverflowError("port must be 0-65535")
+    return pack_host(host), port
+
+
 def unpack_host(address: bytes | None) -> str:
     """The dotted decimals of a packed address; 0.0.0.0 for None."""
     return ANY if address is None else names.inet_ntoa(address)
@@ -191,10 +199,7 @@ class Socket:
         that is none.
         """
         self._check_open()
-        host, port = address
-        packed = pack_host(host)
-        if not 0 <= port <= 65535:
-            raise OverflowError("port must be 0-65535")
+        packed, port = _destination(address)
         if self.datagram is not None:
             self.datagram.bind(packed or bytes(4), port)
             return
@@ -285,8 +290,7 @@ class Socket:
         BlockingIOError EALREADY, nothing the first time after it was made and EISCONN from then on, or why it failed.
         """
         self._check_open()
-        host, port = address
-        packed = pack_host(host)
+        packed, port = _destination(address)
         if packed is None:
             raise _error(errno.ECONNREFUSED)
         self.host.tick()
@@ -364,10 +368,12 @@ class Socket:
 
     def recv_nowait(self, size: int, flags: int = 0) -> bytes:
         """Take up to `size` bytes, b"" at the end of the stream; of a datagram what does not fit is lost. With MSG_PEEK in
-        `flags` they stay. Raises BlockingIOError, OSError EOPNOTSUPP for any other flag.
+        `flags` they stay. Raises BlockingIOError, ValueError for a negative size, OSError EOPNOTSUPP for any other flag.
         """
         if flags & ~names.MSG_PEEK:
             raise _error(errno.EOPNOTSUPP)
+        if size < 0:
+            raise ValueError("negative buffersize in recv")
         if self.datagram is not None:
             self._check_open()
             return self.datagram.recvfrom_nowait(size, peek=flags != 0)[0]
@@ -388,10 +394,12 @@ class Socket:
 
     def recv_into_nowait(self, buffer: bytearray | memoryview, size: int = 0) -> int:
         """Take bytes into a writable `buffer` (at most `size` of them, if that is not 0); return how many. Raises
-        BlockingIOError.
+        BlockingIOError, ValueError for a `size` that is negative or more than the buffer has.
         """
         view = memoryview(buffer).cast("B")
         if size:
+            if not 0 < size <= len(view):
+                raise ValueError(f"no room for {size} bytes in a buffer of {len(view)}")
             view = view[:size]
         if self.datagram is not None:
             self._check_open()
@@ -438,8 +446,10 @@ class Socket:
             view = view[await self.send(view) :]
 
     def recvfrom_nowait(self, size: int) -> tuple[bytes, Address]:
-        """Take one datagram, cut to `size` bytes, and its sender. Raises BlockingIOError."""
+        """Take one datagram, cut to `size` bytes, and its sender. Raises BlockingIOError, ValueError for a negative size."""
         self._check_open()
+        if size < 0:
+            raise ValueError("negative buffersize in recvfrom")
         if self.datagram is None:
             return self.recv_nowait(size), self.getpeername()
         data, (host, port) = self.datagram.recvfrom_nowait(size)
@@ -462,8 +472,7 @@ class Socket:
         self._check_open()
         if self.datagram is None:
             return self.send_nowait(data)
-        host, port = address
-        packed = pack_host(host)
+        packed, port = _destination(address)
         if packed is None:
             raise _error(errno.ENETUNREACH)
         self.host.tick()

@@ -264,3 +264,37 @@ def test_how_much_waits_to_be_read_and_to_be_acknowledged(network: Network) -> N
         assert fresh.ioctl(SIOCINQ) == fresh.ioctl(SIOCOUTQ) == 0
     client.close()
     server.close()
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000])
+def test_a_port_that_is_none_is_refused_by_every_call(network: Network, port: int) -> None:
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with network.client.socket(socket.AF_INET, kind) as sock:
+            for call in (sock.bind, sock.connect_nowait):
+                with pytest.raises(OverflowError, match="0-65535"):
+                    call((SERVER, port))
+            assert sock.getsockname() == ("0.0.0.0", 0)
+            with raises(errno.ENOTCONN):
+                sock.getpeername()
+    with network.client.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, pytest.raises(OverflowError, match="0-65535"):
+        sock.sendto_nowait(b"x", (SERVER, port))
+
+
+def test_sizes_that_make_no_sense_are_refused_and_take_nothing(network: Network) -> None:
+    client, server = connected(network)
+    assert client.send_nowait(b"abcd") == 4
+    receiver, sender = (stack.socket(socket.AF_INET, socket.SOCK_DGRAM) for stack in (network.server, network.client))
+    receiver.bind(("", 9))
+    assert sender.sendto_nowait(b"abcd", (SERVER, 9)) == 4
+    network.world.run(0.1)
+    for sock in (server, receiver):
+        for size in (-1, 5):
+            with pytest.raises(ValueError, match="no room"):
+                sock.recv_into_nowait(bytearray(4), size)
+        for receive in (sock.recv_nowait, sock.recvfrom_nowait):
+            with pytest.raises(ValueError, match="negative"):
+                receive(-1)
+        assert sock.recv_into_nowait(bytearray(4), 4) == 4
+        sock.close()
+    client.close()
+    sender.close()
