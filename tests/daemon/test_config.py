@@ -103,7 +103,12 @@ def test_every_fault_is_named_at_once() -> None:
         (LEAST + "[tcp]\nretries2 = 0\n", "[tcp] retries2 = 0: allowed is more than 0"),
         (LEAST + "[tcp]\nretries2 = 1.5\n", "[tcp] retries2 = 1.5: allowed is an integer"),
         (LEAST.replace("/24", ""), '[[address]] number 1, address = "10.77.0.2": allowed is an IPv4 address with its prefix'),
+        (LEAST.replace("0.2/24", "0.0/24"), "10.77.0.0/24 names the network or everybody in it"),
+        (LEAST.replace("0.2/24", "0.255/24"), "10.77.0.255/24 names the network or everybody in it"),
+        (LEAST.replace("10.77.0.2/24", "224.0.0.1/24"), "224.0.0.1 cannot be the IPv4 address of an interface"),
         (LEAST + "gateway = '10.78.0.1'\n", 'gateway = "10.78.0.1": allowed is a host on our network, 10.77.0.0/24'),
+        (LEAST + "gateway = '10.77.0.2'\n", "other than 10.77.0.2"),
+        (LEAST + "gateway = '10.77.0.255'\n", 'gateway = "10.77.0.255": allowed is a host on our network'),
         (LEAST + "[[address]]\naddress = '10.78.0.1/24'\n", "[address]: allowed is exactly one"),
         (
             LEAST + "[[route]]\nnetwork = '10.1.2.3/8'\nvia = '10.77.0.1'\n",

@@ -20,6 +20,7 @@ from pools.arena import PAGE_SIZE
 from pools.base import names as pool_names
 from ustack.daemon.size import EXAMPLES, parse_size
 from ustack.nbd.uri import NbdUri
+from ustack.net.interface import check_host
 from ustack.transport.tcp.config import TcpConfig
 
 if TYPE_CHECKING:
@@ -48,7 +49,13 @@ def _size(value: object) -> object:
 
 
 def _interface_address(value: object) -> object:
-    return _as(IPv4Interface, value, 'an IPv4 address with its prefix length, such as "10.77.0.2/24"', needs="/")
+    allowed = 'an IPv4 address with its prefix length, such as "10.77.0.2/24"'
+    own = IPv4Interface(_as(IPv4Interface, value, allowed, needs="/"))
+    try:
+        check_host(own.ip.packed, own.network.prefixlen)
+    except ValueError as error:
+        raise ValueError(f"{allowed} ({error})") from None
+    return value
 
 
 def _host_address(value: object) -> object:
@@ -59,7 +66,7 @@ def _network(value: object) -> object:
     return _as(IPv4Network, value, 'an IPv4 network without host bits, such as "10.1.0.0/16"', needs="/")
 
 
-def _as(kind: Callable[[str], object], value: object, allowed: str, needs: str = "") -> object:
+def _as(kind: Callable[[str], object], value: object, allowed: str, needs: str = "") -> str:
     """Check by `kind`, and keep the string as it is."""
     try:
         if not isinstance(value, str) or needs not in value:
@@ -294,12 +301,13 @@ def parse(text: str, origin: str) -> Config:
 def _contradictions(config: Config) -> Iterator[str]:
     """What is right by itself and wrong together."""
     own = config.address[0]
-    network = IPv4Interface(own.address).network
-    if own.gateway is not None and IPv4Address(own.gateway) not in network:
-        yield f"[[address]] number 1, gateway = {_toml(own.gateway)}: allowed is a host on our network, {network}"
+    ours = IPv4Interface(own.address)
+    allowed = f"allowed is a host on our network, {ours.network}, other than {ours.ip}"
+    if own.gateway is not None and not _neighbour(ours, own.gateway):
+        yield f"[[address]] number 1, gateway = {_toml(own.gateway)}: {allowed}"
     for number, route in enumerate(config.route):
-        if IPv4Address(route.via) not in network:
-            yield f"{_place(('route', number), 'via')} = {_toml(route.via)}: allowed is a host on our network, {network}"
+        if not _neighbour(ours, route.via):
+            yield f"{_place(('route', number), 'via')} = {_toml(route.via)}: {allowed}"
     names = [nbd.name for nbd in config.nbd]
     for number, name in enumerate(names):
         if name in names[:number]:
@@ -307,6 +315,14 @@ def _contradictions(config: Config) -> Iterator[str]:
     reserve = config.reserve_bytes()
     if reserve is not None and reserve > config.memory.size - PAGE_SIZE:
         yield f"[memory] reserve = {reserve}: allowed is less than the whole memory, {config.memory.size}"
+
+
+def _neighbour(ours: IPv4Interface, router: str) -> bool:
+    """Whether `router` can be another host on the network of `ours`."""
+    network = ours.network
+    unusable = [ours.ip] if network.prefixlen >= 31 else [ours.ip, network.network_address, network.broadcast_address]
+    address = IPv4Address(router)
+    return address in network and address not in unusable
 
 
 def _place(section: tuple[int | str, ...], key: str = "") -> str:

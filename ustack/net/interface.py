@@ -25,6 +25,19 @@ if TYPE_CHECKING:
 _DST_AND_TYPE: Final = Struct("!6s6xH")
 
 
+def check_host(address: bytes, prefix_len: int) -> None:
+    """Raise ValueError, which says why, unless an interface can have the packed IPv4 `address` in a network of `prefix_len`
+    bits.
+    """
+    if len(address) != 4 or not 0 < address[0] < 224 or address[0] == 127:
+        raise ValueError(f"{_text(address)} cannot be the IPv4 address of an interface")
+    if not 1 <= prefix_len <= 32:
+        raise ValueError(f"a prefix length of {prefix_len} is not between 1 and 32")
+    hosts = 0xFFFFFFFF >> prefix_len
+    if prefix_len < 31 and int.from_bytes(address, "big") & hosts in (0, hosts):
+        raise ValueError(f"{_text(address)}/{prefix_len} names the network or everybody in it, not a host")
+
+
 class Interface:
     """One device with one IPv4 `address` (packed) in a network of `prefix_len` bits. Raises ValueError for what cannot be an
     address.
@@ -51,10 +64,7 @@ class Interface:
     def __init__(
         self, env: Env, device: Device, address: bytes, prefix_len: int, parameters: NeighbourParameters | None = None
     ) -> None:
-        if len(address) != 4 or not 0 < address[0] < 224 or address[0] == 127:
-            raise ValueError(f"{_text(address)} cannot be the IPv4 address of an interface")
-        if not 1 <= prefix_len <= 32:
-            raise ValueError(f"a prefix length of {prefix_len} is not between 1 and 32")
+        check_host(address, prefix_len)
         self.device = device
         self.address = address
         self.prefix_len = prefix_len
@@ -64,8 +74,6 @@ class Interface:
         self.broadcast: bytes | None = None
         if prefix_len < 31:
             self.broadcast = (self._network | ~self._mask & 0xFFFFFFFF).to_bytes(4, "big")
-            if address in (self.network, self.broadcast):
-                raise ValueError(f"{_text(address)}/{prefix_len} names the network or everybody in it, not a host")
         self._drops = env.drops
         self._mac = device.mac
         self.handlers: dict[int, Callable[[Interface, RxFrame, int], None]] = {}
