@@ -87,14 +87,18 @@ class Stack:
     def add_interface(self, device: Device, address: str, gateway: str | None = None) -> Interface:
         """Attach `device` with `address` ("10.0.0.2/24"), and route everything else through `gateway` if there is one.
 
-        Raises ValueError for an address that cannot be used, OSError ENOMEM when the receive ring cannot be filled; the device
-        is closed then.
+        Raises ValueError for an address or a gateway that cannot be used, OSError ENOMEM when the receive ring cannot be
+        filled; the device is closed then.
         """
         try:
             own = ip_interface(address)
             if not isinstance(own, IPv4Interface):
                 raise ValueError(f"{address}: IPv6 is not available yet")
             interface = Interface(self.env, device, own.ip.packed, own.network.prefixlen)
+            if gateway is not None:
+                router = ip_address(gateway).packed
+                if not interface.on_link(router) or router in (interface.address, interface.broadcast):
+                    raise ValueError(f"gateway {gateway} is no other host on the network of {address}")
             device.attach(self.env.memory, self.drops, interface.input)
             self.ip.add_interface(interface)
         except (ValueError, OSError):
