@@ -391,7 +391,8 @@ class Connection(asyncio.BufferedProtocol):
             self._closed.set_result(None)
         if self._failure is None:
             if exc is not None:
-                self._fail((exc.errno if isinstance(exc, OSError) else None) or errno.ECONNRESET, f"connection lost: {exc}")
+                code, reason = (exc.errno, exc.strerror) if isinstance(exc, OSError) else (None, None)
+                self._fail(code or errno.ECONNRESET, f"connection lost: {reason or exc}")
             elif self._transmission is None:
                 error = self._handshake.end_of_stream()
                 self._fail(error.errno or errno.ECONNRESET, str(error.strerror))
