@@ -28,3 +28,9 @@ def test_an_interface_that_is_refused_leaves_nothing_behind(address: str, gatewa
     assert stack.pages.free_pages == free
     stack.add_interface(SimDevice("left", b"\x02\0\0\0\0\1"), "10.0.0.1/24", "10.0.0.2")
     stack.close()
+
+
+@pytest.mark.parametrize("memory", [0, -5, 4095])
+def test_less_memory_than_a_page_is_refused(memory: int) -> None:
+    with pytest.raises(ValueError, match="less than a page"):
+        Stack(memory=memory)

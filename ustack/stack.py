@@ -52,8 +52,8 @@ class Stack:
     that only memalloc sockets may use: the last that are free, wherever they lie (None: the page allocator's own default).
     `lock_memory` keeps the arena from being swapped out. `tcp` has the limits and times of TCP. `random` seeds ports, sequence
     numbers and identifiers, and `now` is the clock in seconds until somebody moves it: leave them out except to repeat a run.
-    Raises KeyError for a pool that does not exist, ValueError for a reserve larger than the memory, OSError when the memory
-    cannot be had or locked.
+    Raises KeyError for a pool that does not exist, ValueError for less memory than a page or than the reserve, OSError when
+    the memory cannot be had or locked.
     """
 
     def __init__(
@@ -67,8 +67,10 @@ class Stack:
         random: Random | None = None,
         now: float = 0.0,
     ) -> None:
+        if memory < PAGE_SIZE:
+            raise ValueError(f"{memory} bytes of packet memory are less than a page of {PAGE_SIZE}")
         pool_class = by_name(pool)
-        self.arena = Arena(max(memory // PAGE_SIZE, 1), lock=lock_memory)
+        self.arena = Arena(memory // PAGE_SIZE, lock=lock_memory)
         self.pages = PageAllocator(self.arena, min_pages=None if reserve is None else reserve // PAGE_SIZE)
         self.pool = pool_class(self.pages)
         self.timers = Timers(now)
