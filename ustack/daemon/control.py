@@ -211,8 +211,8 @@ class Session(asyncio.Protocol):
         except OSError as error:
             self._answer(error=error)
         except (TypeError, ValueError) as error:
-            # What Python says of arguments that do not fit begins with the name of a method of ours.
-            self._answer(error=OSError(errno.EINVAL, f"{name}: {str(error).rpartition('() ')[2]}"))
+            # What Python says of arguments that do not fit begins with the name of a method of ours, which nobody knows.
+            self._answer(error=OSError(errno.EINVAL, str(error).rpartition("() ")[2]))
 
     def _send(self, message: dict[str, Any]) -> None:
         if not self._transport.is_closing():
