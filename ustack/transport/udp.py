@@ -20,6 +20,7 @@ from ustack.drops import DropReason
 from ustack.skb import Account
 from ustack.transport.events import READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
 from ustack.transport.options import SocketOptions
+from ustack.transport.ports import ephemeral_ports
 from ustack.wire import icmp, ipv4, udp
 from ustack.wire.checksum import finish, ones_sum_views, pseudo_v4
 
@@ -42,9 +43,6 @@ PAYLOAD_MAX: Final = ipv4.TOTAL_MAX - ipv4.HEADER_LEN - udp.HEADER_LEN
 
 RCVBUF_DEFAULT: Final = 212992
 """Receive limit in bytes of truesize (net.core.rmem_default)."""
-
-EPHEMERAL_PORTS: Final = range(32768, 61000)
-"""Ports for sockets that name none (net.ipv4.ip_local_port_range)."""
 
 _ERRNO_OF_UNREACHABLE: Final = {
     icmp.ICMP_PROT_UNREACH: errno.ENOPROTOOPT,
@@ -186,10 +184,7 @@ class Udp:
 
     def _ephemeral_port(self) -> int:
         """A free port: the first from a random one on (RFC 6056, algorithm 1)."""
-        count = len(EPHEMERAL_PORTS)
-        start = self.env.random.randrange(count)
-        for offset in range(count):
-            port = EPHEMERAL_PORTS[(start + offset) % count]
+        for port in ephemeral_ports(self.env.random):
             if port not in self._ports:
                 return port
         raise _error(errno.EADDRINUSE)

@@ -10,7 +10,7 @@ import pytest
 from tests.transport.tcp.peer import PEER_ADDRESS
 from ustack.drops import DropReason
 from ustack.transport.options import SocketOptions
-from ustack.transport.tcp.protocol import EPHEMERAL
+from ustack.transport.ports import EPHEMERAL
 from ustack.transport.tcp.states import State
 from ustack.wire.tcp import ACK, FIN, SYN
 

@@ -41,11 +41,8 @@ QUICK_ACKS: Final = 16
 """Segments that are acknowledged at once when a connection starts, so that the peer leaves slow start soon (TCP_MAX_QUICKACKS).
 """
 
-RATIO_UNIT: Final = 256
-"""`win_ratio` counts in 256ths."""
-
 RATIO_INITIAL: Final = 128
-"""Payload per truesize that is assumed until segments have been seen: one half, as Linux (tcp_adv_win_scale = 1)."""
+"""`win_ratio` (payload per truesize, in 256ths) until segments have been seen: one half, as Linux (tcp_adv_win_scale = 1)."""
 
 
 class Connection:

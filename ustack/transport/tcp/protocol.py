@@ -11,6 +11,7 @@ from ustack.drops import DropReason
 from ustack.skb import Account
 from ustack.timers import Timer
 from ustack.transport.events import READABLE, WRITABLE
+from ustack.transport.ports import ephemeral_ports
 from ustack.transport.tcp import output
 from ustack.transport.tcp.connection import Connection
 from ustack.transport.tcp.input import ArrivingSegment, segment_arrives, unwrap
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from ustack.net.path import Path
     from ustack.transport.options import SocketOptions
     from ustack.transport.tcp.config import TcpConfig
-
-EPHEMERAL: Final = range(32768, 61000)
-"""Ports for connections that were not bound (ip_local_port_range)."""
 
 WINDOW_MAX: Final = 0xFFFF << WSCALE_MAX
 """Bytes of the largest window: what an old segment of a connection lies at most beyond its SND.NXT."""
@@ -321,9 +319,7 @@ class Tcp:
 
     def _choose_key(self, path: Path, remote_port: int) -> bytes:
         """A name whose ephemeral port is free for this peer, starting at random (RFC 6056, algorithm 1)."""
-        start = self.env.random.randrange(len(EPHEMERAL))
-        for step in range(len(EPHEMERAL)):
-            port = EPHEMERAL[(start + step) % len(EPHEMERAL)]
+        for port in ephemeral_ports(self.env.random):
             key = connection_key(path.dst, path.src, remote_port, port)
             if key not in self.connections and not self._is_listening(port):
                 return key
@@ -342,9 +338,7 @@ class Tcp:
 
     def free_port(self) -> int:
         """An ephemeral port that nothing uses. Raises OSError EADDRINUSE when there is none."""
-        start = self.env.random.randrange(len(EPHEMERAL))
-        for step in range(len(EPHEMERAL)):
-            port = EPHEMERAL[(start + step) % len(EPHEMERAL)]
+        for port in ephemeral_ports(self.env.random):
             if not self._local_ports.get(port) and not self._is_listening(port):
                 return port
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
