@@ -25,6 +25,9 @@ class Mib:
         "TcpExtListenDrops",
         "TcpExtListenOverflows",
         "TcpExtPFMemallocDrop",
+        "TcpExtSyncookiesFailed",
+        "TcpExtSyncookiesRecv",
+        "TcpExtSyncookiesSent",
         "TcpExtTCPAbortOnTimeout",
         "TcpExtTCPChallengeACK",
         "TcpExtTCPFastRetrans",
@@ -33,6 +36,8 @@ class Mib:
         "TcpExtTCPOFOQueue",
         "TcpExtTCPRcvPruned",
         "TcpExtTCPRenoRecovery",
+        "TcpExtTCPReqQFullDoCookies",
+        "TcpExtTCPReqQFullDrop",
         "TcpExtTCPSackRecovery",
         "TcpExtTCPTimeouts",
         "TcpExtTCPWinProbe",
@@ -83,6 +88,12 @@ class Mib:
         """Those of TcpExtListenDrops that found the queue of connections to accept full."""
         self.TcpExtPFMemallocDrop = 0
         """Segments in the reserve for sockets that may not use it: the drop rule."""
+        self.TcpExtSyncookiesFailed = 0
+        """ACKs at a listener that has sent SYN cookies which were none of them."""
+        self.TcpExtSyncookiesRecv = 0
+        """SYN cookies that came back."""
+        self.TcpExtSyncookiesSent = 0
+        """SYNs answered with a cookie."""
         self.TcpExtTCPAbortOnTimeout = 0
         """Connections given up because the peer answered neither retransmissions nor probes."""
         self.TcpExtTCPChallengeACK = 0
@@ -99,6 +110,10 @@ class Mib:
         """Times that all out-of-order data of a connection was given up to make room."""
         self.TcpExtTCPRenoRecovery = 0
         """Fast recoveries on a connection without SACK."""
+        self.TcpExtTCPReqQFullDoCookies = 0
+        """Those of TcpExtSyncookiesSent that found the queue of half-open connections full."""
+        self.TcpExtTCPReqQFullDrop = 0
+        """SYNs dropped because the queue of half-open connections was full."""
         self.TcpExtTCPSackRecovery = 0
         """Fast recoveries on a connection with SACK."""
         self.TcpExtTCPTimeouts = 0

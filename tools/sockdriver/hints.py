@@ -17,6 +17,7 @@ COUNTS: Final = {
     "data_retries": "retries2",
     "keepalive_probes": "keepalive_probes",
     "initial_cwnd": "initial_window",
+    "syncookies": "syncookies",
 }
 SECONDS: Final = {"fin_timeout": "fin_timeout", "keepalive_time": "keepalive_time", "keepalive_intvl": "keepalive_intvl"}
 TRIPLES: Final = {

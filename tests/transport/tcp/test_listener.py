@@ -90,7 +90,7 @@ def test_who_completes_the_handshake_when_the_backlog_is_full_waits_and_is_let_i
 
 
 def test_half_open_connections_are_limited(make_peer: Callable[..., Peer]) -> None:
-    peer = make_peer(config=TcpConfig(max_syn_backlog=3))
+    peer = make_peer(config=TcpConfig(max_syn_backlog=3, syncookies=0))
     listener = peer.listens()
     for port in range(1001, 1010):
         peer.own_port = port

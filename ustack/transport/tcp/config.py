@@ -46,6 +46,10 @@ class TcpConfig:
     """Unanswered probes before the connection fails with ETIMEDOUT (tcp_keepalive_probes)."""
     max_syn_backlog: int = 1024
     """Half-open connections of one listener (tcp_max_syn_backlog)."""
+    syncookies: int = 1
+    """What a listener does when `max_syn_backlog` connections are half open (tcp_syncookies): 0 drops SYNs, 1 answers them with
+    cookies and keeps nothing, 2 does so always.
+    """
     delack: float = 0.04
     """Seconds that an acknowledgment may wait for data to ride on (TCP_DELACK_MIN; RFC 9293 allows 0.5)."""
     initial_rto: float = 1.0

@@ -200,16 +200,15 @@ def _on_reset(conn: Connection) -> None:
 # -- opening --
 
 
-def accept_syn(conn: Connection, segment: ArrivingSegment) -> None:
-    """Take the peer's SYN or SYN-ACK: its sequence number and its options (RFC 7323, RFC 2018, RFC 6691)."""
-    options = segment.options
+def accept_syn(conn: Connection, irs: int, window: int, options: TcpOptions | None) -> None:
+    """Take the peer's SYN or SYN-ACK: its sequence number `irs`, its window and its options (RFC 7323, RFC 2018, RFC 6691)."""
     config = conn.tcp.config
-    conn.irs = segment.seq
+    conn.irs = irs
     conn.rcv_nxt = conn.rcv_wup = conn.irs + 1
     conn.rcv_adv = conn.rcv_nxt + output.syn_window(conn)
     conn.receive_queue.copied_seq = conn.rcvq_seq = conn.rcv_nxt
-    conn.snd_wnd = segment.window
-    conn.max_window = segment.window
+    conn.snd_wnd = window
+    conn.max_window = window
     conn.snd_wl1 = conn.irs
     conn.snd_wscale = -1
     if options is not None:
@@ -218,9 +217,9 @@ def accept_syn(conn: Connection, segment: ArrivingSegment) -> None:
         if options.wscale >= 0 and config.window_scaling:
             conn.snd_wscale = min(options.wscale, WSCALE_MAX)
         conn.sack_ok = options.sack_permitted and config.sack
-        if segment.ts_val >= 0 and config.timestamps:
+        if options.ts_val >= 0 and config.timestamps:
             conn.ts_ok = True
-            conn.ts_recent = segment.ts_val
+            conn.ts_recent = options.ts_val
             conn.ts_recent_at = conn.tcp.env.timers.now
     if conn.snd_wscale < 0:
         conn.rcv_wscale = 0
@@ -250,7 +249,7 @@ def _in_syn_sent(conn: Connection, segment: ArrivingSegment) -> DropReason | Non
         return None
     if not flags & SYN:
         return DropReason.TCP_FLAGS
-    accept_syn(conn, segment)
+    accept_syn(conn, segment.seq, segment.window, segment.options)
     if flags & ACK:
         conn.snd_una = ack
         conn.snd_wl2 = ack
@@ -275,7 +274,7 @@ def _established(conn: Connection) -> None:
     if conn.retries:
         conn.rtt.on_lost_syn()
         conn.cc.cwnd = conn.mss  # RFC 5681, section 3.1
-    else:
+    elif conn.last_sent >= 0:
         conn.rtt.on_sample(now - conn.last_sent)
     conn.rcv_rtt = max(conn.rtt.srtt, 0.001)
     conn.retries = 0

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from ustack.drops import DropReason
 from ustack.transport.events import READABLE, nobody
 from ustack.transport.tcp import output
-from ustack.transport.tcp.input import accept_syn
+from ustack.transport.tcp.input import accept_syn, segment_arrives
+from ustack.transport.tcp.output import MASK32
 from ustack.transport.tcp.states import State
+from ustack.transport.tcp.syncookies import LIFETIME, PERIOD, options_of, timestamp_with_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ustack.transport.options import SocketOptions
     from ustack.transport.tcp.connection import Connection
     from ustack.transport.tcp.protocol import Tcp
+    from ustack.wire.tcp import TcpOptions
 
 
 class Listener:
@@ -27,7 +30,7 @@ class Listener:
     `backlog` bounds the connections that wait in `queue` to be accepted; `half_open` counts those in SYN-RECEIVED.
     """
 
-    __slots__ = ("_closed", "address", "backlog", "half_open", "options", "port", "queue", "tcp", "wake")
+    __slots__ = ("_closed", "_cookies_until", "address", "backlog", "half_open", "options", "port", "queue", "tcp", "wake")
 
     def __init__(self, tcp: Tcp, address: bytes | None, port: int, backlog: int, options: SocketOptions) -> None:
         self.tcp = tcp
@@ -39,6 +42,7 @@ class Listener:
         self.half_open: set[Connection] = set()
         self.wake: Callable[[int], None] = nobody
         self._closed = False
+        self._cookies_until = -1.0
 
     def refusal(self) -> DropReason | None:
         """Why another SYN must not be answered now, counted; None when it may be (tcp_conn_request, sk_acceptq_is_full)."""
@@ -47,17 +51,75 @@ class Listener:
             mib.TcpExtListenOverflows += 1
             mib.TcpExtListenDrops += 1
             return DropReason.LISTEN_OVERFLOW
-        if len(self.half_open) >= self.tcp.config.max_syn_backlog:
+        if self._full and not self.tcp.config.syncookies:
+            mib.TcpExtTCPReqQFullDrop += 1
             mib.TcpExtListenDrops += 1
             return DropReason.SYN_OVERFLOW
         return None
 
-    def on_syn(self, conn: Connection) -> None:
-        """A SYN came for us: `conn` is new and answers it with its SYN-ACK."""
-        accept_syn(conn, self.tcp.segment)
+    @property
+    def _full(self) -> bool:
+        return len(self.half_open) >= self.tcp.config.max_syn_backlog
+
+    @property
+    def needs_cookies(self) -> bool:
+        """Whether the next SYN must be answered without keeping any state."""
+        return self._full or self.tcp.config.syncookies == 2
+
+    @property
+    def expects_cookies(self) -> bool:
+        """Whether cookies that were sent lately may come back."""
+        return self.tcp.env.timers.now < self._cookies_until
+
+    def send_cookie(self, conn: Connection) -> None:
+        """A SYN came and the queue is full: `conn` answers it with a SYN-ACK whose sequence number is all that is kept
+        (tcp_syncookies).
+        """
+        tcp = self.tcp
+        segment = tcp.segment
+        now = tcp.env.timers.now
+        if self._full:
+            tcp.env.mib.TcpExtTCPReqQFullDoCookies += 1
+        tcp.env.mib.TcpExtSyncookiesSent += 1
+        self._cookies_until = now + LIFETIME * PERIOD
+        self._take_syn(conn, segment.seq, segment.window, segment.options)
+        conn.iss = tcp.cookies.make(conn.key, segment.seq, conn.peer_mss, now)
+        ts_val = -1
+        if conn.ts_ok:
+            clock = timestamp_with_state(output.timestamp(conn, now) - conn.ts_offset & MASK32, conn.snd_wscale, conn.sack_ok)
+            ts_val = (clock + conn.ts_offset) & MASK32
+        else:
+            conn.snd_wscale = -1
+            conn.sack_ok = False
+        output.send_syn(conn, ts_val)
+
+    def on_cookie(self, conn: Connection, mss: int) -> DropReason | None:
+        """The current segment acknowledges a cookie, in which the peer's segment size was `mss`: its SYN is taken as if we had
+        kept it, and then the segment itself.
+        """
+        segment = self.tcp.segment
+        echoed = (segment.ts_ecr - conn.ts_offset) & MASK32
+        options = options_of(mss, echoed, segment.ts_val)
+        self._take_syn(conn, (segment.seq - 1) & MASK32, segment.window, options)
+        self.tcp.register(conn)
+        self.half_open.add(conn)
+        conn.last_sent = -1.0  # nobody knows when the SYN-ACK left
+        reason = segment_arrives(conn, segment)
+        if conn.state is State.SYN_RECV:
+            conn.fail(0)
+        return reason
+
+    def _take_syn(self, conn: Connection, irs: int, window: int, options: TcpOptions | None) -> None:
+        accept_syn(conn, irs, window, options)
         conn.listener = self
         conn.snd_nxt = conn.iss + 1
         conn.enter(State.SYN_RECV)
+
+    def on_syn(self, conn: Connection) -> None:
+        """A SYN came for us: `conn` is new and answers it with its SYN-ACK."""
+        segment = self.tcp.segment
+        self.tcp.register(conn)
+        self._take_syn(conn, segment.seq, segment.window, segment.options)
         self.half_open.add(conn)
         timers = self.tcp.env.timers
         conn.last_sent = timers.now

@@ -193,13 +193,13 @@ def transmit(conn: Connection, seq: int, length: int, flags: int) -> bool:
     hlen = HEADER_LEN
     if conn.receive_queue.ofo and conn.sack_ok:
         blocks = [(left & MASK32, right & MASK32) for left, right in conn.receive_queue.sack_blocks(3 if conn.ts_ok else 4)]
-        options = build_options(_timestamp(conn, now) if conn.ts_ok else -1, conn.ts_recent, blocks)
+        options = build_options(timestamp(conn, now) if conn.ts_ok else -1, conn.ts_recent, blocks)
         hlen += len(options)
         head[at + HEADER_LEN : at + hlen] = options
         mss -= hlen - HEADER_LEN - (TS_LEN if conn.ts_ok else 0)
     elif conn.ts_ok:
         hlen += TS_LEN
-        TS.pack_into(head, at + HEADER_LEN, TS_MARK, (int(now * 1000) + conn.ts_offset) & MASK32, conn.ts_recent)
+        TS.pack_into(head, at + HEADER_LEN, TS_MARK, timestamp(conn, now), conn.ts_recent)
     conn.last_ack_sent = rcv_nxt
     HEADER.pack_into(
         head,
@@ -229,7 +229,7 @@ def transmit(conn: Connection, seq: int, length: int, flags: int) -> bool:
     return path.send(IPPROTO_TCP, hlen, _NO_PAYLOAD, 0, OFF_CSUM, 0, options_set.tos, options_set.ttl)
 
 
-def _timestamp(conn: Connection, now: float) -> int:
+def timestamp(conn: Connection, now: float) -> int:
     """TSval: milliseconds, with the connection's offset (RFC 7323, section 5.4)."""
     return (int(now * 1000) + conn.ts_offset) & MASK32
 
@@ -251,8 +251,10 @@ def send_probe(conn: Connection) -> None:
     transmit(conn, conn.snd_una - 1, 0, ACK)
 
 
-def send_syn(conn: Connection) -> None:
-    """Send our SYN, or SYN-ACK once the peer's SYN is known, for the first time or again."""
+def send_syn(conn: Connection, ts_val: int = -1) -> None:
+    """Send our SYN, or SYN-ACK once the peer's SYN is known, for the first time or again; `ts_val` is its timestamp if it is
+    not -1 (SYN cookies).
+    """
     passive = conn.state is State.SYN_RECV
     try:
         path = _path(conn)
@@ -265,7 +267,7 @@ def send_syn(conn: Connection) -> None:
         conn.adv_mss,
         conn.rcv_wscale if (conn.snd_wscale >= 0 if passive else config.window_scaling) else -1,
         conn.sack_ok if passive else config.sack,
-        _timestamp(conn, now) if (conn.ts_ok if passive else config.timestamps) else -1,
+        (timestamp(conn, now) if ts_val < 0 else ts_val) if (conn.ts_ok if passive else config.timestamps) else -1,
         conn.ts_recent,
     )
     window = syn_window(conn)

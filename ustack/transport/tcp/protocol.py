@@ -19,6 +19,7 @@ from ustack.transport.tcp.isn import IsnGenerator
 from ustack.transport.tcp.listener import Listener
 from ustack.transport.tcp.output import ACK_NONE, ACK_NOW, IPPROTO_TCP, MASK32
 from ustack.transport.tcp.states import CLOSE, State
+from ustack.transport.tcp.syncookies import SynCookies
 from ustack.transport.tcp.timewait import TimeWait
 from ustack.wire.checksum import finish, ones_sum_views, pseudo_v4
 from ustack.wire.icmp import ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED
@@ -72,6 +73,7 @@ class Tcp:
         "_woken_listeners",
         "config",
         "connections",
+        "cookies",
         "env",
         "ip",
         "isn",
@@ -88,6 +90,7 @@ class Tcp:
         self.ip = ip
         self.config = config
         self.isn = IsnGenerator(env.random.randbytes(16))
+        self.cookies = SynCookies(env.random.randbytes(16))
         self.connections: dict[bytes, Connection | TimeWait] = {}
         self.listeners: dict[tuple[bytes | None, int], Listener] = {}
         self.segment = ArrivingSegment()
@@ -166,7 +169,7 @@ class Tcp:
             env.drops.counts[reason] += 1
 
     def _parse_options(self, segment: ArrivingSegment, head: memoryview, start: int, end: int) -> None:
-        if end - start == TS_LEN:
+        if end - start == TS_LEN and not segment.flags & SYN:
             mark, segment.ts_val, segment.ts_ecr = TS.unpack_from(head, start)
             if mark == TS_MARK:
                 segment.options = None
@@ -214,6 +217,8 @@ class Tcp:
         if flags & RST:
             return DropReason.TCP_RESET
         if flags & ACK:
+            if listener.expects_cookies and not flags & SYN:
+                return self._on_cookie(listener, packet, key)
             self._reset_reply(packet.dst, packet.src, key)
             return DropReason.TCP_INVALID_ACK
         if not flags & SYN or flags & FIN:
@@ -228,24 +233,59 @@ class Tcp:
             path = self.ip.path(packet.src, packet.dst)
         except OSError:
             return None  # counted where the route was looked for
-        conn = self._new(path, key, listener.options.copy(), used)
-        listener.on_syn(conn)
+        conn = self._new(path, key, listener.options.copy(), self._isn(key, used))
+        if listener.needs_cookies:
+            listener.send_cookie(conn)
+        else:
+            listener.on_syn(conn)
         return None
 
-    def _new(self, path: Path, key: bytes, options: SocketOptions, used: int = -1) -> Connection:
-        """A connection; `used`, unless -1, is SND.NXT of the one before, which it starts beyond (RFC 9293, section 3.6.1)."""
+    def _on_cookie(self, listener: Listener, packet: IpPacket, key: bytes) -> DropReason | None:
+        """An ACK without a connection, at a listener that has answered SYNs with cookies (RFC 4987, section 3.6)."""
+        segment = self.segment
+        mib = self.env.mib
+        cookie = (segment.ack - 1) & MASK32
+        mss = self.cookies.check(key, (segment.seq - 1) & MASK32, cookie, self.env.timers.now)
+        if not mss:
+            mib.TcpExtSyncookiesFailed += 1
+            self._reset_reply(packet.dst, packet.src, key)
+            return DropReason.TCP_INVALID_ACK
+        mib.TcpExtSyncookiesRecv += 1
+        if packet.frame.pfmemalloc and not listener.options.memalloc:
+            self._drop_pfmemalloc()
+            return None
+        if not listener.may_establish():
+            return DropReason.LISTEN_OVERFLOW
+        try:
+            path = self.ip.path(packet.src, packet.dst)
+        except OSError:
+            return None
+        conn = self._new(path, key, listener.options.copy(), cookie)
+        return listener.on_cookie(conn, mss)
+
+    def _isn(self, key: bytes, used: int) -> int:
+        """An initial sequence number; `used`, unless -1, is SND.NXT of the connection of that name before, and it starts beyond
+        (RFC 9293, section 3.6.1).
+        """
         iss = self.isn.isn(key, self.env.timers.now)
         if used >= 0 and unwrap(iss, used) <= used:
             iss = (used + WINDOW_MAX) & MASK32
+        return iss
+
+    def _new(self, path: Path, key: bytes, options: SocketOptions, iss: int) -> Connection:
+        """A connection that nobody finds yet."""
         conn = Connection(self, path, key, options, iss)
         if self.config.window_scaling:
             largest = options.rcvbuf or self.config.rmem_max
             while conn.rcv_wscale < WSCALE_MAX and 0xFFFF << conn.rcv_wscale < largest:
                 conn.rcv_wscale += 1
-        self.connections[key] = conn
-        port = int.from_bytes(key[-2:])
-        self._local_ports[port] = self._local_ports.get(port, 0) + 1
         return conn
+
+    def register(self, conn: Connection) -> None:
+        """From now on segments find `conn`, and its local port is taken."""
+        self.connections[conn.key] = conn
+        port = conn.local_port
+        self._local_ports[port] = self._local_ports.get(port, 0) + 1
 
     # -- segments out that belong to no connection --
 
@@ -307,7 +347,8 @@ class Tcp:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         else:
             key = self._choose_key(path, remote_port)
-        conn = self._new(path, key, options, used)
+        conn = self._new(path, key, options, self._isn(key, used))
+        self.register(conn)
         conn.snd_nxt = conn.iss + 1
         conn.enter(State.SYN_SENT)
         self.env.mib.TcpActiveOpens += 1
