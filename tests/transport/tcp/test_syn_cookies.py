@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.transport.tcp.peer import Peer
 from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.tcp.states import State
 from ustack.transport.tcp.syncookies import MSS_VALUES, PERIOD, SynCookies, options_of, timestamp_with_state
@@ -16,6 +15,8 @@ from ustack.wire.tcp import ACK, RST, SYN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tests.transport.tcp.peer import Peer
 
 
 def full(peer: Peer) -> None:
