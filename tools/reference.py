@@ -88,7 +88,7 @@ def _kind(field: FieldInfo) -> str:
 
 
 def _is_size(field: FieldInfo) -> bool:
-    return any(getattr(getattr(rule, "func", None), "__name__", "") in ("_size", "_reserve") for rule in field.metadata)
+    return any(getattr(getattr(rule, "func", None), "__name__", "") in ("as_size", "_reserve") for rule in field.metadata)
 
 
 def _default(field: FieldInfo) -> str:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ustack.daemon.config import Config, ConfigError, load, parse
+from ustack.daemon.config import Config, load, parse
+from ustack.daemon.sections import ConfigError
 from ustack.transport.tcp.config import TcpConfig
 
 if TYPE_CHECKING:

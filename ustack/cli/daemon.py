@@ -15,7 +15,8 @@ def daemon(config: str, check: bool) -> None:
 
     Exit code: 0 after a signal, 2 when the configuration cannot be used, 1 when something else went wrong.
     """
-    from ustack.daemon.config import ConfigError, load
+    from ustack.daemon.config import load
+    from ustack.daemon.sections import ConfigError
 
     try:
         loaded = load(config)

@@ -7,18 +7,16 @@ error names the file, the section, the key, the value, and what is allowed.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BeforeValidator, Field, create_model
 
 from pools.arena import PAGE_SIZE
 from pools.base import names as pool_names
-from ustack.daemon.size import EXAMPLES, parse_size
+from ustack.daemon.sections import ConfigError, Section, as_size, parse_toml, place, read_text, toml_value
+from ustack.daemon.size import EXAMPLES
 from ustack.nbd.uri import NbdUri
 from ustack.net.interface import check_host
 from ustack.transport.tcp.config import TcpConfig
@@ -27,25 +25,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
 
-    from pydantic_core import ErrorDetails
-
 MEMORY_MIN: Final = 1 << 20
 """Bytes of the smallest arena that is of any use: a receive ring and a connection."""
 
 
-class ConfigError(Exception):
-    """The configuration cannot be used. `problems` has one line for each reason."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
 # -- values ------------------------------------------------------------------------------------------------------------------
-
-
-def _size(value: object) -> object:
-    return parse_size(value) if isinstance(value, str) else value
 
 
 def _interface_address(value: object) -> object:
@@ -126,7 +110,7 @@ def _reserve(value: object) -> object:
     if value == "auto":
         return value
     try:
-        nbytes = _size(value)
+        nbytes = as_size(value)
     except ValueError:
         raise ValueError(allowed) from None
     if not isinstance(nbytes, int) or isinstance(nbytes, bool) or nbytes < 0:
@@ -135,12 +119,6 @@ def _reserve(value: object) -> object:
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------------
-
-
-class Section(BaseModel):
-    """What all sections have in common: nothing unknown, nothing converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class Device(Section):
@@ -183,7 +161,7 @@ class Memory(Section):
 
     pool: Annotated[str, BeforeValidator(_pool)] = "kmalloc"
     """The allocator that lays packets on pages."""
-    size: Annotated[int, BeforeValidator(_size), Field(ge=MEMORY_MIN)] = 64 << 20
+    size: Annotated[int, BeforeValidator(as_size), Field(ge=MEMORY_MIN)] = 64 << 20
     """Bytes of packet memory."""
     reserve: Annotated[Literal["auto"] | int, BeforeValidator(_reserve)] = "auto"
     """Bytes that only memalloc sockets may use. `auto`: as many as the page allocator finds right for the size."""
@@ -232,7 +210,7 @@ def _tcp_section() -> type[Section]:
         if kind is bool:
             pass
         elif "mem_" in field.name:
-            kind = Annotated[int, BeforeValidator(_size), Field(ge=bool(field.default))]  # 0 stays 0: by the size of the memory
+            kind = Annotated[int, BeforeValidator(as_size), Field(ge=bool(field.default))]  # 0 stays 0: by the memory
         else:
             kind = Annotated[kind, Field(gt=0)]
         definitions[field.name] = (kind, field.default)
@@ -251,10 +229,10 @@ class Config(Section):
 
     device: Device
     address: Annotated[list[Address], Field(min_length=1, max_length=1)]
-    route: list[Route] = []
+    route: list[Route] = []  # noqa: RUF012 (pydantic copies it)
     memory: Memory = Memory()
     tcp: Tcp = Tcp()
-    nbd: list[Nbd] = []
+    nbd: list[Nbd] = []  # noqa: RUF012
     control: Control = Control()
     service: Service = Service()
 
@@ -273,25 +251,12 @@ class Config(Section):
 
 def load(path: str | os.PathLike[str]) -> Config:
     """Read the file at `path`. Raises ConfigError."""
-    try:
-        text = Path(path).read_text("utf-8")
-    except OSError as error:
-        raise ConfigError([f"{path}: {error.strerror}"]) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: not UTF-8 at byte {error.start}"]) from None
-    return parse(text, str(path))
+    return parse(read_text(path), str(path))
 
 
 def parse(text: str, origin: str) -> Config:
     """Read a configuration from `text`; `origin` names it in messages. Raises ConfigError."""
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([f"{origin}: not TOML: {error}"]) from None
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError([f"{origin}: {_say(detail)}" for detail in error.errors()]) from None
+    config = parse_toml(text, origin, Config)
     problems = list(_contradictions(config))
     if problems:
         raise ConfigError([f"{origin}: {problem}" for problem in problems])
@@ -304,14 +269,14 @@ def _contradictions(config: Config) -> Iterator[str]:
     ours = IPv4Interface(own.address)
     allowed = f"allowed is a host on our network, {ours.network}, other than {ours.ip}"
     if own.gateway is not None and not _neighbour(ours, own.gateway):
-        yield f"[[address]] number 1, gateway = {_toml(own.gateway)}: {allowed}"
+        yield f"[[address]] number 1, gateway = {toml_value(own.gateway)}: {allowed}"
     for number, route in enumerate(config.route):
         if not _neighbour(ours, route.via):
-            yield f"{_place(('route', number), 'via')} = {_toml(route.via)}: {allowed}"
+            yield f"{place(('route', number), 'via')} = {toml_value(route.via)}: {allowed}"
     names = [nbd.name for nbd in config.nbd]
     for number, name in enumerate(names):
         if name in names[:number]:
-            yield f"{_place(('nbd', number), 'name')} = {_toml(name)}: allowed is each name only once"
+            yield f"{place(('nbd', number), 'name')} = {toml_value(name)}: allowed is each name only once"
     reserve = config.reserve_bytes()
     if reserve is not None and reserve > config.memory.size - PAGE_SIZE:
         yield f"[memory] reserve = {reserve}: allowed is less than the whole memory, {config.memory.size}"
@@ -323,88 +288,6 @@ def _neighbour(ours: IPv4Interface, router: str) -> bool:
     unusable = [ours.ip] if network.prefixlen >= 31 else [ours.ip, network.network_address, network.broadcast_address]
     address = IPv4Address(router)
     return address in network and address not in unusable
-
-
-def _place(section: tuple[int | str, ...], key: str = "") -> str:
-    """How the file spells a place: `[memory] size`, `[[nbd]] number 2, uri`."""
-    if len(section) > 1:
-        return f"[[{section[0]}]] number {int(section[1]) + 1}" + (f", {key}" if key else "")
-    return f"[{section[0]}]" + (f" {key}" if key else "")
-
-
-def _say(detail: ErrorDetails) -> str:
-    """One of pydantic's errors as a sentence about the file."""
-    location = detail["loc"]
-    numbered = len(location) > 1 and isinstance(location[1], int)
-    section, rest = location[: 2 if numbered else 1], location[2 if numbered else 1 :]
-    key = str(rest[0]) if rest else ""
-    kind = detail["type"]
-    if kind == "extra_forbidden":
-        known = _keys_of(str(section[0])) if key else list(Config.model_fields)
-        what = f"{_place(section, key)}: unknown {'key' if key else 'section'}"
-        wrong = key or str(section[0])
-        close = get_close_matches(wrong, known, 1)
-        return f"{what}; did you mean {close[0]!r}?" if close else f"{what}; allowed are {', '.join(known)}"
-    if kind == "missing":
-        shape = f"[[{section[0]}]]" if section[0] == "address" and not key else ""
-        return f"{shape or _place(section, key)} is missing"
-    value = detail["input"]
-    where = _place(section, key)
-    if not key:
-        return f"{where}: allowed is {_SHAPES.get(kind, _allowed(detail))}"
-    return f"{where} = {_toml(value)}: allowed is {_allowed(detail)}"
-
-
-_SHAPES: Final = {
-    "model_type": "a table",
-    "model_attributes_type": "a table",
-    "list_type": "an array of tables, each beginning with the name in double brackets",
-    "too_short": "exactly one",
-    "too_long": "exactly one",
-}
-
-_TYPES: Final = {
-    "string_type": "a string",
-    "bool_type": "true or false",
-    "int_type": "an integer",
-    "float_type": "a number",
-    "int_from_float": "an integer",
-}
-
-
-def _allowed(detail: ErrorDetails) -> str:
-    context = detail.get("ctx", {})
-    match detail["type"]:
-        case "value_error":
-            return str(context["error"])
-        case "literal_error":
-            return str(context["expected"]).replace("'", '"')
-        case "greater_than":
-            return f"more than {context['gt']}"
-        case "greater_than_equal":
-            return f"at least {context['ge']}"
-        case "less_than_equal":
-            return f"at most {context['le']}"
-        case "string_too_short":
-            return "a string that is not empty"
-        case "string_too_long":
-            return f"a string of at most {context['max_length']} characters"
-        case kind:
-            if detail["loc"][-1] in ("size", "reserve") or "mem_" in str(detail["loc"][-1]):
-                return EXAMPLES
-            return _TYPES.get(kind, detail["msg"])
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return f'"{value}"'
-    return repr(value)
-
-
-def _keys_of(section: str) -> list[str]:
-    return list(SECTIONS[section].model_fields)
 
 
 SECTIONS: Final[dict[str, type[Section]]] = {

@@ -19,11 +19,12 @@ from pools.arena import PAGE_SIZE
 from pools.buddy import default_min_pages
 from ustack.daemon import reports
 from ustack.daemon.attachment import Attachment
-from ustack.daemon.config import Config, ConfigError, load
+from ustack.daemon.config import Config, load
 from ustack.daemon.control import ControlServer
 from ustack.daemon.link import bring_up, exists
 from ustack.daemon.notify import notify
 from ustack.daemon.paths import default_control_path
+from ustack.daemon.sections import ConfigError
 from ustack.daemon.services import Services
 from ustack.link.tap import TapDevice
 from ustack.stack import Stack
