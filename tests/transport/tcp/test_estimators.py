@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ustack.timers import NEVER, Timer, Timers
+from ustack.transport.tcp.arriving import unwrap
 from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.tcp.congestion.newreno import NewReno
-from ustack.transport.tcp.input import unwrap
 from ustack.transport.tcp.isn import IsnGenerator
 from ustack.transport.tcp.rtt import RttEstimator
 

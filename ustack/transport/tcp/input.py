@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Final
 from ustack.drops import DropReason
 from ustack.transport.events import ORPHAN, READABLE, SHUT_RD, SHUT_WR, WRITABLE
 from ustack.transport.tcp import output, timers
+from ustack.transport.tcp.acks import process_ack
+from ustack.transport.tcp.arriving import HALF, unwrap
 from ustack.transport.tcp.output import ACK_DELAYED, ACK_NONE, ACK_NOW, MASK32
-from ustack.transport.tcp.states import CAN_RECEIVE, CLOSE, ESTABLISHED, FIN_ACKED, RECEIVES_FIN, SYN_RECV, SYN_SENT, State
+from ustack.transport.tcp.states import CAN_RECEIVE, CLOSE, ESTABLISHED, RECEIVES_FIN, SYN_RECV, SYN_SENT, State
 from ustack.wire.tcp import ACK, FIN, PSH, RST, SYN, WSCALE_MAX
 
 if TYPE_CHECKING:
-    from ustack.link.rxring import RxFrame
+    from ustack.transport.tcp.arriving import ArrivingSegment
     from ustack.transport.tcp.connection import Connection
     from ustack.wire.tcp import TcpOptions
 
-HALF: Final = 1 << 31
 PAWS_EXPIRES: Final = 24 * 86400.0
 """Seconds after which a remembered timestamp proves nothing any more (RFC 7323, section 5.5)."""
 
@@ -44,35 +45,6 @@ RATIO_MAX: Final = 160
 """Bounds of `win_ratio`, in 256ths: however small or large segments are, the window stays within them. The upper one is what
 single segments of 1448 bytes carry: a peer that sent super-frames may send these next, and what was promised to it must still
 fit."""
-
-
-def unwrap(wire: int, near: int) -> int:
-    """The sequence number that is `wire` modulo 2**32 and closest to `near`."""
-    return near + ((wire - near + HALF) & MASK32) - HALF
-
-
-class ArrivingSegment:
-    """A segment as it arrives, parsed: one object per stack, filled for each. `seq` and `ack` are as on the wire.
-
-    `options` is None when there are none but timestamps, whose values are `ts_val` and `ts_ecr` (-1: absent). The payload is
-    `frame`'s bytes `offset .. offset+length`.
-    """
-
-    __slots__ = ("ack", "flags", "frame", "length", "offset", "options", "seq", "ts_ecr", "ts_val", "window")
-
-    frame: RxFrame
-    options: TcpOptions | None
-
-    def __init__(self) -> None:
-        self.seq = 0
-        self.ack = 0
-        self.flags = 0
-        self.window = 0
-        self.offset = 0
-        self.length = 0
-        self.options = None
-        self.ts_val = -1
-        self.ts_ecr = -1
 
 
 def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | None:
@@ -305,7 +277,7 @@ def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropRe
             return DropReason.TCP_INVALID_ACK
         if conn.listener is not None and not conn.listener.may_establish():
             return DropReason.LISTEN_OVERFLOW  # forgotten: our SYN-ACK, sent again, asks for it again
-        conn.snd_una = una = ack
+        conn.snd_una = ack
         if segment.flags & SYN:
             segment.window >>= max(conn.snd_wscale, 0)  # the window of a SYN is not scaled (RFC 7323, section 2.2): undo below
         conn.snd_wnd = segment.window << max(conn.snd_wscale, 0)
@@ -314,118 +286,7 @@ def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropRe
         conn.snd_wl2 = ack
         conn.enter(State.ESTABLISHED)
         _established(conn)
-    if ack > conn.snd_nxt or ack < una - conn.max_window:
-        output.send_challenge_ack(conn)
-        return DropReason.TCP_INVALID_ACK
-
-    env = conn.tcp.env
-    inflight = conn.inflight
-    now = env.timers.now
-    newly_sacked = 0
-    sent_at = -1.0
-    options = segment.options
-    if options is not None and options.sack and conn.sack_ok:
-        for left_wire, right_wire in options.sack:
-            left = unwrap(left_wire, una)
-            right = unwrap(right_wire, una)
-            # A block at or below SND.UNA is a D-SACK or old; one beyond what was sent is a lie.
-            if max(una, ack) <= left < right <= conn.snd_nxt:
-                newly, at = inflight.on_sack(left, right)
-                newly_sacked += newly
-                sent_at = max(sent_at, at)
-    window_changed = _update_window(conn, segment, seq, ack)
-    if ack <= una:
-        if not inflight.segments:
-            if conn.persist_shift or conn.probes:
-                conn.probes = 0
-                if not conn.retransmit_timer.pending:
-                    conn.persist_shift = 0
-            _ask_for_output(conn, window_changed)
-            return None
-        duplicate = (
-            newly_sacked > 0
-            if conn.sack_ok
-            else (ack == una and not segment.length and not segment.flags & FIN and not window_changed)
-        )
-        if duplicate:
-            conn.recovery.on_ack(conn, 0, duplicate=True)
-            _ask_for_output(conn, True)
-        else:
-            _ask_for_output(conn, window_changed)
-        return None
-
-    acked = ack - una
-    conn.snd_una = ack
-    at = inflight.on_ack(ack)
-    if at >= 0:
-        sent_at = max(sent_at, at)
-    if sent_at >= 0:
-        conn.rtt.on_sample(max(now - sent_at, 0.0))
-    conn.retries = 0
-    conn.probes = 0
-    conn.persist_shift = 0
-    conn.soft_error = 0
-    queue = conn.send_queue
-    queue.release(ack)
-    conn.recovery.on_ack(conn, acked, duplicate=False)
-    if inflight.segments:
-        env.timers.set(conn.retransmit_timer, now + conn.rtt.rto)
-    else:
-        conn.retransmit_timer.cancel()
-        conn.rtt.end_backoff()
-    conn.path.neighbour.confirm()
-    if conn.sndbuf < conn.tcp.config.wmem_max and not conn.options.sndbuf:
-        _grow_send_limit(conn)
-    if conn.write_blocked and queue.account.bytes * 3 < conn.sndbuf * 2:
-        conn.write_blocked = False
-        conn.notify(WRITABLE)
-    if conn.state in FIN_ACKED and ack > queue.end:
-        _fin_acked(conn)
-        if conn.state in (State.CLOSE, State.TIME_WAIT):
-            return None
-    _ask_for_output(conn, True)
-    return None
-
-
-def _update_window(conn: Connection, segment: ArrivingSegment, seq: int, ack: int) -> bool:
-    """RFC 9293, section 3.10.7.4, fifth: only newer segments change the window. Returns whether it changed."""
-    if conn.snd_wl1 < seq or (conn.snd_wl1 == seq and conn.snd_wl2 <= ack):
-        window = segment.window << max(conn.snd_wscale, 0)
-        conn.snd_wl1 = seq
-        conn.snd_wl2 = ack
-        if window != conn.snd_wnd:
-            if conn.snd_wnd < conn.mss <= window and not conn.inflight.segments:
-                conn.retransmit_timer.cancel()  # the persist timer: the window is open
-                conn.persist_shift = 0
-            conn.snd_wnd = window
-            conn.max_window = max(conn.max_window, window)
-            return True
-    return False
-
-
-def _ask_for_output(conn: Connection, wanted: bool) -> None:
-    if wanted and not conn.pending:
-        end = conn.send_queue.end
-        if conn.snd_nxt < end or conn.inflight.lost or (conn.snd_nxt == end and conn.shutdown_mask & SHUT_WR):
-            conn.tcp.schedule(conn)
-
-
-def _grow_send_limit(conn: Connection) -> None:
-    """Let the send queue hold twice the congestion window (tcp_sndbuf_expand)."""
-    wanted = min(2 * conn.cc.cwnd + (conn.cc.cwnd >> 1), conn.tcp.config.wmem_max)
-    conn.sndbuf = max(conn.sndbuf, wanted)
-
-
-def _fin_acked(conn: Connection) -> None:
-    state = FIN_ACKED[conn.state]
-    if state is CLOSE:
-        conn.fail(0)
-    elif state is State.TIME_WAIT:
-        conn.tcp.enter_time_wait(conn)
-    else:
-        conn.enter(state)
-        if conn.orphan:
-            timers.start_fin_wait2(conn)
+    return process_ack(conn, segment, seq, ack)
 
 
 # -- data --

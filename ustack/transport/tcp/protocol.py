@@ -13,8 +13,9 @@ from ustack.timers import Timer
 from ustack.transport.events import READABLE, WRITABLE
 from ustack.transport.ports import ephemeral_ports
 from ustack.transport.tcp import output
+from ustack.transport.tcp.arriving import ArrivingSegment, unwrap
 from ustack.transport.tcp.connection import Connection
-from ustack.transport.tcp.input import ArrivingSegment, segment_arrives, unwrap
+from ustack.transport.tcp.input import segment_arrives
 from ustack.transport.tcp.isn import IsnGenerator
 from ustack.transport.tcp.listener import Listener
 from ustack.transport.tcp.output import ACK_NONE, ACK_NOW, IPPROTO_TCP, MASK32

@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ustack.drops import DropReason
-from ustack.transport.tcp.input import HALF, unwrap
+from ustack.transport.tcp.arriving import HALF, unwrap
 from ustack.transport.tcp.output import MASK32
 from ustack.wire.tcp import ACK, FIN, RST, SYN, build_options
 
 if TYPE_CHECKING:
     from ustack.net.path import Path
+    from ustack.transport.tcp.arriving import ArrivingSegment
     from ustack.transport.tcp.connection import Connection
-    from ustack.transport.tcp.input import ArrivingSegment
     from ustack.transport.tcp.protocol import Tcp
 
 
