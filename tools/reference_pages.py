@@ -22,6 +22,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, Final
 
+from ustack import socket_options as ours
 from ustack.drops import DropReason
 from ustack.mib import Mib
 from ustack.socket_options import GETTERS, SETTERS
@@ -56,6 +57,9 @@ OPTIONS: Final = {
         "SO_KEEPALIVE": "An idle peer is probed, and the connection fails with ETIMEDOUT when it does not answer.",
         "SO_LINGER": "`struct linger`. On with 0 seconds: closing resets the connection. Everything else is kept and does"
         " nothing, since closing never waits.",
+        "SO_RCVLOWAT": "Bytes that must wait before a stream is readable, and before a call that waits returns; the end of the"
+        " stream or an error ends the wait too.",
+        "SO_SNDLOWAT": "1, as on Linux.",
         "SO_ERROR": "The errno that waits to be reported, 0 for none; reading it clears it.",
         "SO_TYPE": "SOCK_STREAM or SOCK_DGRAM.",
         "SO_DOMAIN": "AF_INET.",
@@ -73,6 +77,17 @@ OPTIONS: Final = {
         "TCP_KEEPINTVL": "Seconds between keepalive probes.",
         "TCP_KEEPCNT": "Keepalive probes that go unanswered before the connection fails.",
         "TCP_SYNCNT": "Retransmissions of our SYN before connecting fails.",
+        "TCP_QUICKACK": "Acknowledge at once (1) or with delay (0) until the traffic says otherwise; setting it sends an"
+        " acknowledgment that is due.",
+        "TCP_DEFER_ACCEPT": "Seconds for which a listener lets a handshake be finished by data only; kept as the timeouts of a"
+        " SYN-ACK that they take, so reading may give more than was set.",
+        "TCP_WINDOW_CLAMP": "Upper bound of the advertised window in bytes, 1152 at least; 0, before there is a"
+        " connection: none.",
+        "TCP_LINGER2": "Seconds that a closed connection waits in FIN-WAIT-2. Below 0, or more than 120: it is reset instead of"
+        " waiting.",
+        "TCP_NOTSENT_LOWAT": "Unsent bytes from which on the stream takes no more; it is writable below half of that. 0: as"
+        " much as SO_SNDBUF allows.",
+        "TCP_INQ": "`Socket.control_messages` says after each call how much is left to read.",
         "TCP_USER_TIMEOUT": "Milliseconds that sent data may stay unacknowledged before the connection fails (RFC 5482); 0:"
         " as many timeouts as configured.",
     },
@@ -209,7 +224,7 @@ def _value(value: object, doc: str) -> str:
 
 def socket_options() -> str:
     """The page of the socket options."""
-    described = {(getattr(names, level), getattr(names, name)) for level, options in OPTIONS.items() for name in options}
+    described = {(getattr(names, level), _number(name)) for level, options in OPTIONS.items() for name in options}
     assert described == SETTERS.keys() | GETTERS.keys(), "OPTIONS must have what the tables in ustack/socket_options.py have"
     with closing(Stack(memory=1 << 20)) as stack, stack.socket() as stream, stack.socket(type=names.SOCK_DGRAM) as datagram:
         tables = "\n\n".join(
@@ -236,8 +251,13 @@ The right to use the reserve has no option, as it has none in the kernel: `Socke
 """
 
 
+def _number(name: str) -> int:
+    """The number of an option; those that Python's socket module does not name are ours to name."""
+    return int(getattr(names, name, None) or getattr(ours, name))
+
+
 def _asked(stream: Socket, datagram: Socket, level_name: str, option_name: str) -> tuple[str, str]:
-    level, option = getattr(names, level_name), getattr(names, option_name)
+    level, option = getattr(names, level_name), _number(option_name)
     first = [_first(each.getsockopt(level, option)) for each in (stream, datagram)]
     at_first = first[0] if first[0] == first[1] else " / ".join(first)
     if (level, option) not in SETTERS:

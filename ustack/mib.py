@@ -30,6 +30,7 @@ class Mib:
         "TcpExtSyncookiesSent",
         "TcpExtTCPAbortOnTimeout",
         "TcpExtTCPChallengeACK",
+        "TcpExtTCPDeferAcceptDrop",
         "TcpExtTCPFastRetrans",
         "TcpExtTCPHPHits",
         "TcpExtTCPKeepAlive",
@@ -98,6 +99,8 @@ class Mib:
         """Connections given up because the peer answered neither retransmissions nor probes."""
         self.TcpExtTCPChallengeACK = 0
         """Challenge ACKs sent (RFC 5961)."""
+        self.TcpExtTCPDeferAcceptDrop = 0
+        """ACKs without data that did not finish a handshake, because the listener waits for data (TCP_DEFER_ACCEPT)."""
         self.TcpExtTCPFastRetrans = 0
         """Segments sent again in fast recovery."""
         self.TcpExtTCPHPHits = 0

@@ -16,7 +16,7 @@ from collections import deque
 from ipaddress import AddressValueError, IPv4Address
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ustack.socket_options import GETTERS, SETTERS
+from ustack.socket_options import GETTERS, SETTERS, TCP_INQ
 from ustack.socket_poll import readiness
 from ustack.transport.events import READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
 from ustack.transport.options import SocketOptions
@@ -385,12 +385,19 @@ class Socket:
         return conn.recv(size)
 
     async def recv(self, size: int, flags: int = 0) -> bytes:
-        """Wait for data; see `recv_nowait`."""
+        """Wait for data, for as much as SO_RCVLOWAT asks for; see `recv_nowait`."""
         while True:
             try:
-                return self.recv_nowait(size, flags)
+                if self._has_enough(size):
+                    return self.recv_nowait(size, flags)
             except BlockingIOError:
-                await self._wait(self._readers)
+                pass
+            await self._wait(self._readers)
+
+    def _has_enough(self, size: int) -> bool:
+        """Whether a call that waits for up to `size` bytes may return with what there is (sock_rcvlowat)."""
+        conn = self.stream
+        return conn is None or conn.options.rcvlowat <= 1 or conn.readable or conn.unread >= size > 0
 
     def recv_into_nowait(self, buffer: bytearray | memoryview, size: int = 0) -> int:
         """Take bytes into a writable `buffer` (at most `size` of them, if that is not 0); return how many. Raises
@@ -409,12 +416,24 @@ class Socket:
         return conn.recv_into(view)
 
     async def recv_into(self, buffer: bytearray | memoryview, size: int = 0) -> int:
-        """Wait for data; see `recv_into_nowait`."""
+        """Wait for data, for as much as SO_RCVLOWAT asks for; see `recv_into_nowait`."""
         while True:
             try:
-                return self.recv_into_nowait(buffer, size)
+                if self._has_enough(size or memoryview(buffer).nbytes):
+                    return self.recv_into_nowait(buffer, size)
             except BlockingIOError:
-                await self._wait(self._readers)
+                pass
+            await self._wait(self._readers)
+
+    def control_messages(self) -> list[tuple[int, int, bytes]]:
+        """What recvmsg(2) tells beside the data, as `(level, type, data)`: with TCP_INQ set, how much is left to read, and 1 at
+        the end of the stream (tcp_inq_hint).
+        """
+        conn = self.stream
+        if conn is None or not self.options.inq:
+            return []
+        left = conn.unread or int(conn.at_end)
+        return [(names.IPPROTO_TCP, TCP_INQ, left.to_bytes(4, "little"))]
 
     def send_nowait(self, data: Buffer, flags: int = 0) -> int:
         """Send as much of `data` as there is room for; return how many bytes. With MSG_MORE in `flags` a stream holds a last

@@ -9,12 +9,14 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from ustack.transport.tcp.output import push
+from ustack.transport.tcp.connection import QUICK_ACKS
+from ustack.transport.tcp.output import ACK_NONE, push, send_ack
 from ustack.transport.tcp.timers import start_keepalive
 from ustack.transport.udp import RCVBUF_DEFAULT
 
 if TYPE_CHECKING:
     from ustack.socket import Socket
+    from ustack.transport.tcp.config import TcpConfig
 
 SOCK_MIN_RCVBUF: Final = 2304
 """Bytes below which no receive limit goes."""
@@ -23,6 +25,12 @@ SOCK_MIN_SNDBUF: Final = 4608
 """Bytes below which no send limit goes."""
 
 _LINGER: Final = struct.Struct("ii")
+
+TCP_INQ: Final = 36
+"""An option, and the control message that it asks for, by their number in linux/tcp.h; the socket module has no name for it."""
+
+FIN_TIMEOUT_MAX: Final = 120
+"""Seconds of TCP_LINGER2 from which on a closed connection waits for no FIN at all (tcp(7))."""
 
 Setter = Callable[["Socket", int, int | bytes], None]
 Getter = Callable[["Socket"], int | bytes]
@@ -87,6 +95,63 @@ def _set_nodelay(sock: Socket, option: int, value: int | bytes) -> None:
         push(sock.stream)
 
 
+def _set_quickack(sock: Socket, _option: int, value: int | bytes) -> None:
+    """Acknowledge at once, or by delay; not for ever, but until the traffic says otherwise (tcp(7))."""
+    conn = sock.stream
+    if conn is None:
+        return
+    number = _number(value)
+    conn.pingpong = number == 0
+    if number:
+        conn.quick_acks = QUICK_ACKS
+        if conn.ack_due != ACK_NONE:
+            sock.host.tick()
+            send_ack(conn)
+        conn.pingpong = number & 1 == 0
+
+
+def _set_window_clamp(sock: Socket, _option: int, value: int | bytes) -> None:
+    number = _number(value)
+    if number <= 0 and sock.stream is not None:
+        raise _error(errno.EINVAL)
+    sock.options.window_clamp = max(number, SOCK_MIN_RCVBUF // 2) if number > 0 else 0
+
+
+def _set_linger2(sock: Socket, _option: int, value: int | bytes) -> None:
+    seconds = _number(value)
+    sock.options.linger2 = float(seconds) if 0 <= seconds <= FIN_TIMEOUT_MAX else -1.0
+
+
+def _set_defer_accept(sock: Socket, _option: int, value: int | bytes) -> None:
+    """Seconds, kept as the timeouts of a SYN-ACK that they take (secs_to_retrans)."""
+    config = sock.host.tcp.config
+    seconds = _number(value)
+    timeouts = 0
+    while timeouts < 255 and _seconds_of(timeouts, config) < seconds:
+        timeouts += 1
+    sock.options.defer_accept = timeouts
+
+
+def _seconds_of(timeouts: int, config: TcpConfig) -> int:
+    """The seconds that so many timeouts of a SYN-ACK take (retrans_to_secs)."""
+    return int(sum(min(config.initial_rto * 2**each, config.rto_max) for each in range(timeouts)))
+
+
+def _set_notsent_lowat(sock: Socket, _option: int, value: int | bytes) -> None:
+    sock.options.notsent_lowat = min(_number(value) & 0xFFFFFFFF, 0x7FFFFFFF)
+
+
+def _set_rcvlowat(sock: Socket, _option: int, value: int | bytes) -> None:
+    """As much as the limit could ever hold, at most; where autotuning is on, the limit is made to fit (tcp_set_rcvlowat)."""
+    number = _number(value)
+    conn = sock.stream
+    config = sock.host.tcp.config
+    most = (sock.options.rcvbuf or config.rmem_max) >> 1
+    sock.options.rcvlowat = lowat = min(number if number >= 0 else 0x7FFFFFFF, most) or 1
+    if conn is not None and not sock.options.rcvbuf and conn.rcvbuf < 2 * lowat:
+        conn.rcvbuf = 2 * lowat
+
+
 def _get_linger(sock: Socket) -> bytes:
     seconds = sock.options.linger
     return _LINGER.pack(seconds >= 0, max(seconds, 0))
@@ -112,9 +177,16 @@ SETTERS: Final[dict[tuple[int, int], Setter]] = {
     (names.SOL_SOCKET, names.SO_BROADCAST): lambda sock, _, value: _set_flag(sock, "broadcast", value),
     (names.SOL_SOCKET, names.SO_KEEPALIVE): _set_keepalive,
     (names.SOL_SOCKET, names.SO_LINGER): _set_linger,
+    (names.SOL_SOCKET, names.SO_RCVLOWAT): _set_rcvlowat,
     (names.IPPROTO_TCP, names.TCP_NODELAY): _set_nodelay,
     (names.IPPROTO_TCP, names.TCP_CORK): _set_nodelay,
     (names.IPPROTO_TCP, names.TCP_MAXSEG): lambda sock, _, value: _set_within(sock, "maxseg", value, 88, 32767),
+    (names.IPPROTO_TCP, names.TCP_QUICKACK): _set_quickack,
+    (names.IPPROTO_TCP, names.TCP_DEFER_ACCEPT): _set_defer_accept,
+    (names.IPPROTO_TCP, names.TCP_WINDOW_CLAMP): _set_window_clamp,
+    (names.IPPROTO_TCP, names.TCP_LINGER2): _set_linger2,
+    (names.IPPROTO_TCP, names.TCP_NOTSENT_LOWAT): _set_notsent_lowat,
+    (names.IPPROTO_TCP, TCP_INQ): lambda sock, _, value: _set_within(sock, "inq", value, 0, 1),
     (names.IPPROTO_TCP, names.TCP_KEEPIDLE): _set_keepalive_time,
     (names.IPPROTO_TCP, names.TCP_KEEPINTVL): _set_keepalive_time,
     (names.IPPROTO_TCP, names.TCP_KEEPCNT): lambda sock, _, value: _set_within(sock, "keepcnt", value, 1, 127),
@@ -139,9 +211,17 @@ GETTERS: Final[dict[tuple[int, int], Getter]] = {
     (names.SOL_SOCKET, names.SO_BROADCAST): lambda sock: int(sock.options.broadcast),
     (names.SOL_SOCKET, names.SO_KEEPALIVE): lambda sock: int(sock.options.keepalive),
     (names.SOL_SOCKET, names.SO_LINGER): _get_linger,
+    (names.SOL_SOCKET, names.SO_RCVLOWAT): lambda sock: sock.options.rcvlowat,
+    (names.SOL_SOCKET, names.SO_SNDLOWAT): lambda sock: 1,
     (names.IPPROTO_TCP, names.TCP_NODELAY): lambda sock: int(sock.options.nodelay),
     (names.IPPROTO_TCP, names.TCP_CORK): lambda sock: int(sock.options.cork),
-    (names.IPPROTO_TCP, names.TCP_MAXSEG): lambda sock: sock.stream.mss if sock.stream else 536,
+    (names.IPPROTO_TCP, names.TCP_MAXSEG): lambda sock: sock.stream.mss if sock.stream else sock.options.maxseg or 536,
+    (names.IPPROTO_TCP, names.TCP_QUICKACK): lambda sock: int(sock.stream is None or not sock.stream.pingpong),
+    (names.IPPROTO_TCP, names.TCP_DEFER_ACCEPT): lambda sock: _seconds_of(sock.options.defer_accept, sock.host.tcp.config),
+    (names.IPPROTO_TCP, names.TCP_WINDOW_CLAMP): lambda sock: sock.options.window_clamp,
+    (names.IPPROTO_TCP, names.TCP_LINGER2): lambda sock: int(sock.options.linger2 or sock.host.tcp.config.fin_timeout),
+    (names.IPPROTO_TCP, names.TCP_NOTSENT_LOWAT): lambda sock: sock.options.notsent_lowat,
+    (names.IPPROTO_TCP, TCP_INQ): lambda sock: int(sock.options.inq),
     (names.IPPROTO_TCP, names.TCP_KEEPIDLE): lambda sock: int(sock.options.keepidle or sock.host.tcp.config.keepalive_time),
     (names.IPPROTO_TCP, names.TCP_KEEPINTVL): lambda sock: int(sock.options.keepintvl or sock.host.tcp.config.keepalive_intvl),
     (names.IPPROTO_TCP, names.TCP_KEEPCNT): lambda sock: sock.options.keepcnt or sock.host.tcp.config.keepalive_probes,

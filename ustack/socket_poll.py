@@ -39,7 +39,7 @@ def _of_stream(conn: Connection) -> int:
         events |= POLLHUP
     if conn.state is SYN_SENT or conn.state is SYN_RECV:
         return events
-    if conn.receive_queue.queue:
+    if conn.readable:
         events |= IN
     if ended or conn.writable:
         events |= OUT

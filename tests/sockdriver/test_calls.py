@@ -183,6 +183,14 @@ def test_polling_several_waits_for_the_first_or_the_time(bench: Bench) -> None:
         ("IPPROTO_TCP", "TCP_CORK", 1, 1),
         ("SOL_TCP", "TCP_KEEPIDLE", 7, 7),
         ("SOL_TCP", "TCP_USER_TIMEOUT", 3000, 3000),
+        ("SOL_TCP", "TCP_DEFER_ACCEPT", 5, 7),
+        ("SOL_TCP", "TCP_WINDOW_CLAMP", 7000, 7000),
+        ("SOL_TCP", "TCP_LINGER2", 5, 5),
+        ("SOL_TCP", "TCP_LINGER2", 121, -1),
+        ("SOL_TCP", "TCP_NOTSENT_LOWAT", 4000, 4000),
+        ("SOL_TCP", "TCP_INQ", 1, 1),
+        ("SOL_TCP", "TCP_MAXSEG", 1000, 1000),
+        ("SOL_SOCKET", "SO_RCVLOWAT", 500, 500),
         ("SOL_SOCKET", "SO_KEEPALIVE", 1, 1),
         ("SOL_SOCKET", "SO_RCVBUF", 20000, 40000),
         ("SOL_IP", "IP_TTL", 9, 9),
@@ -193,6 +201,33 @@ def test_options(bench: Bench, level: str, opt: str | int, value: int, read: int
     fd = bench.socket()
     bench.ok("setsockopt", fd=fd, level=level, opt=opt, value=value, len=4)
     assert bench.call("getsockopt", fd=fd, level=level, opt=opt, len=4)["value"] == read
+
+
+def test_a_read_waits_for_as_much_as_so_rcvlowat_says(bench: Bench) -> None:
+    fd = bench.accepted()
+    bench.ok("setsockopt", fd=fd, level="SOL_SOCKET", opt="SO_RCVLOWAT", value=3, len=4)
+    read = bench.begin("read", fd=fd, len=10, blocking=True)
+    bench.inject("P.", b"ab")
+    bench.inject("P.", b"cd")
+    assert bench.end(read)["ret"] == 4
+
+
+def test_recvmsg_says_how_much_is_left(bench: Bench) -> None:
+    fd = bench.accepted()
+    bench.ok("setsockopt", fd=fd, level="SOL_TCP", opt="TCP_INQ", value=1, len=4)
+    bench.inject("P.", b"abcd")
+    bench.expect(".")
+    reply = bench.call("recvmsg", fd=fd, lens=[3], flags=[])
+    assert reply["cmsgs"] == [{"level": 6, "type": 36, "data": "01000000"}]
+
+
+def test_quick_acknowledgments(bench: Bench) -> None:
+    fd = bench.accepted()
+    option = {"fd": fd, "level": "SOL_TCP", "opt": "TCP_QUICKACK", "len": 4}
+    bench.ok("setsockopt", value=0, **option)
+    assert bench.call("getsockopt", **option)["value"] == 0
+    bench.ok("setsockopt", value=1, **option)
+    assert bench.call("getsockopt", **option)["value"] == 1
 
 
 def test_an_option_of_the_wrong_size_is_invalid(bench: Bench) -> None:

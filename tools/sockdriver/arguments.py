@@ -11,9 +11,17 @@ import termios
 from base64 import b64decode
 from typing import Any, Final
 
+from ustack.socket_options import TCP_INQ
+
 _MODULES: Final = (socket, select, os, fcntl)
 
-_MORE_NAMES: Final = {"SIOCINQ": termios.FIONREAD, "FIONREAD": termios.FIONREAD, "SIOCOUTQ": termios.TIOCOUTQ}
+_MORE_NAMES: Final = {
+    "SIOCINQ": termios.FIONREAD,
+    "FIONREAD": termios.FIONREAD,
+    "SIOCOUTQ": termios.TIOCOUTQ,
+    "TCP_INQ": TCP_INQ,
+    "TCP_CM_INQ": TCP_INQ,
+}
 """Constants that Python's modules know by other names."""
 
 

@@ -34,7 +34,9 @@ async def receive(descriptor: Descriptor, size: int, flags: int) -> bytes:
     sock = descriptor.socket
     peek = flags & socket.MSG_PEEK
     waits = not (descriptor.nonblocking or flags & socket.MSG_DONTWAIT)
-    wanted = size if waits and flags & socket.MSG_WAITALL else 1
+    wanted = size if flags & socket.MSG_WAITALL else min(sock.options.rcvlowat, size)
+    if not waits:
+        wanted = 1
     data = b""
     while not (data and sock.poll(0)):
         try:

@@ -140,8 +140,11 @@ class Calls:
         return {"ret": len(data)} if discarded else {"ret": len(data), "data": b64encode(data).decode()}
 
     async def recvmsg(self, args: Arguments) -> Reply:
-        """recvmsg(2). No option of ours gives control messages."""
-        return {**await self.receive(args), "msg_flags": 0, "cmsgs": []}
+        """recvmsg(2). Of our options only TCP_INQ gives control messages."""
+        reply = await self.receive(args)
+        control = self._get(args).socket.control_messages()
+        cmsgs = [{"level": level, "type": kind, "data": data.hex()} for level, kind, data in control]
+        return {**reply, "msg_flags": 0, "cmsgs": cmsgs}
 
     async def send(self, args: Arguments) -> Reply:
         """write(2), writev(2), send(2), sendto(2) and sendmsg(2)."""

@@ -43,6 +43,18 @@ class SocketOptions:
     """Type of service (IP_TOS)."""
     ttl: int = 64
     """Time to live (IP_TTL)."""
+    rcvlowat: int = 1
+    """Bytes that must wait before a stream counts as readable (SO_RCVLOWAT)."""
+    notsent_lowat: int = 0
+    """Bytes not yet sent from which on a stream takes no more (TCP_NOTSENT_LOWAT); 0: only `sndbuf` counts."""
+    window_clamp: int = 0
+    """Upper bound of the window in bytes that is advertised (TCP_WINDOW_CLAMP); 0: none."""
+    linger2: float = 0.0
+    """Seconds that a closed connection waits in FIN-WAIT-2 (TCP_LINGER2); 0: as configured; -1: not at all."""
+    defer_accept: int = 0
+    """Timeouts of the SYN-ACK for which a bare ACK does not finish the handshake, since data is to come (TCP_DEFER_ACCEPT)."""
+    inq: bool = False
+    """Tell with each `recvmsg` how much is left to read (TCP_INQ)."""
     memalloc: bool = False
     """May use the reserve (SOCK_MEMALLOC of the kernel, which has no option for it)."""
 

@@ -132,4 +132,7 @@ def _fin_acked(conn: Connection) -> None:
     else:
         conn.enter(state)
         if conn.orphan:
-            timers.start_fin_wait2(conn)
+            if conn.options.linger2 < 0:
+                conn.abort(0)
+            else:
+                timers.start_fin_wait2(conn)

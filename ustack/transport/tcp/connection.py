@@ -56,6 +56,7 @@ class Connection:
         "ack_due",
         "adv_mss",
         "cc",
+        "deferred",
         "delack_timer",
         "error",
         "fin_seq",
@@ -137,6 +138,7 @@ class Connection:
         self.options = options
         self.state = State.CLOSE
         self.listener: Listener | None = None
+        self.deferred = False
         self.error = 0
         self.soft_error = 0
         self.shutdown_mask = 0
@@ -279,7 +281,14 @@ class Connection:
             return 0
         queue = self.send_queue
         short = self.tcp.over_limit and not self.options.memalloc and queue.account.bytes > 0
-        taken = 0 if short else queue.append(view, self.sndbuf, self.gfp)
+        lowat = self.options.notsent_lowat
+        if lowat:
+            # Whole transmissions until the mark is passed, as sendmsg(2) asks for each skb whether there is room.
+            room = lowat - (queue.end - self.snd_nxt)
+            part = view[: max(-(-room // queue.goal) * queue.goal, 0)]
+        else:
+            part = view
+        taken = 0 if short or not part else queue.append(part, self.sndbuf, self.gfp)
         if taken:
             complete = taken == len(view)
             if more and complete:
@@ -300,12 +309,19 @@ class Connection:
         """Whether `send` would take a fair amount of data or say an error at once (poll's POLLOUT; sk_stream_is_writeable)."""
         if self.error or self.shutdown_mask & SHUT_WR:
             return True
-        return self.state in CAN_SEND and self.send_queue.account.bytes * 3 < self.sndbuf * 2
+        queue = self.send_queue
+        if self.state not in CAN_SEND or queue.account.bytes * 3 >= self.sndbuf * 2:
+            return False
+        lowat = self.options.notsent_lowat
+        return not lowat or (queue.end - self.snd_nxt) * 2 < lowat
 
     @property
     def readable(self) -> bool:
-        """Whether `recv` would give data, end of file or an error at once (poll's POLLIN)."""
-        return bool(self.receive_queue.queue or self.error or self.at_end)
+        """Whether `recv` would give data (as much as SO_RCVLOWAT asks for), end of file or an error at once (poll's POLLIN)."""
+        if self.error or self.at_end:
+            return True
+        lowat = self.options.rcvlowat
+        return bool(self.receive_queue.queue) and (lowat <= 1 or self.unread >= lowat)
 
     @property
     def unread(self) -> int:
@@ -402,7 +418,10 @@ class Connection:
                 self.shutdown_mask |= SHUT_WR
                 self._send_fin()
             if self.state is State.FIN_WAIT2:
-                timers.start_fin_wait2(self)
+                if self.options.linger2 < 0:
+                    self.abort(0)
+                else:
+                    timers.start_fin_wait2(self)
 
     def abort(self, error: int) -> None:
         """Reset the connection; the user gets errno `error` (0: none)."""

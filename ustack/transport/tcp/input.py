@@ -275,8 +275,14 @@ def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropRe
         if ack != conn.snd_nxt:
             conn.tcp.reset_stray(conn)
             return DropReason.TCP_INVALID_ACK
-        if conn.listener is not None and not conn.listener.may_establish():
-            return DropReason.LISTEN_OVERFLOW  # forgotten: our SYN-ACK, sent again, asks for it again
+        if conn.listener is not None:
+            # A bare ACK does not do while data is to come (tcp_check_req).
+            if conn.retries < conn.options.defer_accept and not segment.length and not segment.flags & FIN:
+                conn.deferred = True
+                conn.tcp.env.mib.TcpExtTCPDeferAcceptDrop += 1
+                return None
+            if not conn.listener.may_establish():
+                return DropReason.LISTEN_OVERFLOW  # forgotten: our SYN-ACK, sent again, asks for it again
         conn.snd_una = ack
         if segment.flags & SYN:
             segment.window >>= max(conn.snd_wscale, 0)  # the window of a SYN is not scaled (RFC 7323, section 2.2): undo below

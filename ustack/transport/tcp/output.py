@@ -103,7 +103,7 @@ def receive_window(conn: Connection) -> int:
     # Silly window avoidance of the receiver (RFC 1122, section 4.2.3.3): a sliver of room is no room.
     if window < min(conn.rcv_mss, rcvbuf >> 2):
         window = 0
-    window = min(window, 0xFFFF << scale)
+    window = min(window, conn.options.window_clamp or window, 0xFFFF << scale)
     if scale:
         window = window >> scale << scale
     if window < promised:
@@ -113,7 +113,8 @@ def receive_window(conn: Connection) -> int:
 
 def syn_window(conn: Connection) -> int:
     """The window that our SYN offers, which is never scaled (RFC 7323, section 2.2)."""
-    return min(conn.rcvbuf * conn.win_ratio >> 8, 0xFFFF)
+    window = min(conn.rcvbuf * conn.win_ratio >> 8, 0xFFFF)
+    return min(window, conn.options.window_clamp or window)
 
 
 def after_read(conn: Connection) -> None:

@@ -29,14 +29,18 @@ def _retransmit_syn(conn: Connection) -> None:
     config = conn.tcp.config
     active = conn.state is State.SYN_SENT
     limit = (conn.options.syncnt or config.syn_retries) if active else config.synack_retries
+    if conn.deferred:
+        # The peer's ACK has come, and its data is waited for: remind it once, then let the next ACK do (syn_ack_recalc).
+        limit = max(limit, conn.options.defer_accept)
     if conn.retries >= limit:
         conn.tcp.env.mib.TcpAttemptFails += 1
         conn.fail(conn.soft_error or errno.ETIMEDOUT)
         return
     conn.retries += 1
     conn.rtt.backoff()
-    conn.tcp.env.mib.TcpRetransSegs += 1
-    output.send_syn(conn)
+    if not conn.deferred or conn.retries >= conn.options.defer_accept:
+        conn.tcp.env.mib.TcpRetransSegs += 1
+        output.send_syn(conn)
     timers = conn.tcp.env.timers
     timers.set(conn.retransmit_timer, timers.now + conn.rtt.rto)
 
@@ -122,9 +126,9 @@ def start_keepalive(conn: Connection) -> None:
 
 
 def start_fin_wait2(conn: Connection) -> None:
-    """A connection that its user has closed does not wait for the peer's FIN for ever (tcp_fin_timeout)."""
+    """A connection that its user has closed does not wait for the peer's FIN for ever (tcp_fin_timeout, TCP_LINGER2)."""
     timers = conn.tcp.env.timers
-    timers.set(conn.keepalive_timer, timers.now + conn.tcp.config.fin_timeout)
+    timers.set(conn.keepalive_timer, timers.now + (conn.options.linger2 or conn.tcp.config.fin_timeout))
 
 
 def on_keepalive_timer(conn: Connection) -> None:
