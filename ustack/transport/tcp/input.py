@@ -10,24 +10,21 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from ustack.drops import DropReason
-from ustack.transport.events import ORPHAN, READABLE, SHUT_RD, SHUT_WR, WRITABLE
-from ustack.transport.tcp import output, timers
+from ustack.transport.events import ORPHAN, READABLE, SHUT_RD
+from ustack.transport.tcp import output
 from ustack.transport.tcp.acks import process_ack
 from ustack.transport.tcp.arriving import HALF, unwrap
+from ustack.transport.tcp.opening import in_syn_recv, in_syn_sent
 from ustack.transport.tcp.output import ACK_DELAYED, ACK_NONE, ACK_NOW, MASK32
 from ustack.transport.tcp.states import CAN_RECEIVE, CLOSE, ESTABLISHED, RECEIVES_FIN, SYN_RECV, SYN_SENT, State
-from ustack.wire.tcp import ACK, FIN, PSH, RST, SYN, WSCALE_MAX
+from ustack.wire.tcp import ACK, FIN, PSH, RST, SYN
 
 if TYPE_CHECKING:
     from ustack.transport.tcp.arriving import ArrivingSegment
     from ustack.transport.tcp.connection import Connection
-    from ustack.wire.tcp import TcpOptions
 
 PAWS_EXPIRES: Final = 24 * 86400.0
 """Seconds after which a remembered timestamp proves nothing any more (RFC 7323, section 5.5)."""
-
-MSS_DEFAULT: Final = 536
-"""Bytes of a full segment until larger ones are seen (RFC 9293, section 3.7.1)."""
 
 DELACK_PINGPONG_SEGMENTS: Final = 2
 """Full segments that may arrive per acknowledgment (RFC 9293, section 3.8.6.3)."""
@@ -50,7 +47,10 @@ fit."""
 def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | None:
     """Process one segment for `conn`. Returns why it was dropped, or None when it was of use."""
     if conn.state is SYN_SENT:
-        return _in_syn_sent(conn, segment)
+        reason = in_syn_sent(conn, segment)
+        if conn.state is ESTABLISHED and (segment.length or segment.flags & FIN):
+            return _process_data(conn, segment, conn.rcv_nxt, conn.rcv_nxt + segment.length)
+        return reason
     flags = segment.flags
     rcv_nxt = conn.rcv_nxt
     length = segment.length
@@ -151,6 +151,12 @@ def _unacceptable(conn: Connection, segment: ArrivingSegment, seq: int, end: int
     return DropReason.TCP_OLD_DATA
 
 
+def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropReason | None:
+    if conn.state is SYN_RECV:
+        return in_syn_recv(conn, segment, seq)
+    return process_ack(conn, segment, seq, unwrap(segment.ack, conn.snd_una))
+
+
 def _duplicate_ack(conn: Connection) -> None:
     conn.ack_due = ACK_NOW
     if not conn.pending:
@@ -167,132 +173,6 @@ def _on_reset(conn: Connection) -> None:
     if conn.state in (State.ESTABLISHED, State.CLOSE_WAIT):
         mib.TcpEstabResets += 1
     conn.fail(errno.EPIPE if conn.state is State.CLOSE_WAIT else errno.ECONNRESET)
-
-
-# -- opening --
-
-
-def accept_syn(conn: Connection, irs: int, window: int, options: TcpOptions | None) -> None:
-    """Take the peer's SYN or SYN-ACK: its sequence number `irs`, its window and its options (RFC 7323, RFC 2018, RFC 6691)."""
-    config = conn.tcp.config
-    conn.irs = irs
-    conn.rcv_nxt = conn.rcv_wup = conn.irs + 1
-    conn.rcv_adv = conn.rcv_nxt + output.syn_window(conn)
-    conn.receive_queue.copied_seq = conn.rcvq_seq = conn.rcv_nxt
-    conn.snd_wnd = window
-    conn.max_window = window
-    conn.snd_wl1 = conn.irs
-    conn.snd_wscale = -1
-    if options is not None:
-        if options.mss >= 0:
-            conn.peer_mss = options.mss
-        if options.wscale >= 0 and config.window_scaling:
-            conn.snd_wscale = min(options.wscale, WSCALE_MAX)
-        conn.sack_ok = options.sack_permitted and config.sack
-        if options.ts_val >= 0 and config.timestamps:
-            conn.ts_ok = True
-            conn.ts_recent = options.ts_val
-            conn.ts_recent_at = conn.tcp.env.timers.now
-    if conn.snd_wscale < 0:
-        conn.rcv_wscale = 0
-    output.sync_mss(conn)
-    conn.rcv_mss = min(conn.mss, conn.adv_mss, MSS_DEFAULT)  # grows with what arrives (tcp_initialize_rcv_mss)
-    conn.cc.cwnd = conn.tcp.config.initial_window * conn.mss
-    conn.rcvq_space = conn.tcp.config.initial_window * conn.adv_mss
-    if not conn.options.rcvbuf:
-        # Room for the initial window of a peer whose frames are as large as ours may be (tcp_init_buffer_space).
-        conn.rcvbuf = max(conn.rcvbuf, min(4 * conn.rcvq_space, config.rmem_max))
-
-
-def _in_syn_sent(conn: Connection, segment: ArrivingSegment) -> DropReason | None:
-    """RFC 9293, section 3.10.7.3."""
-    flags = segment.flags
-    env = conn.tcp.env
-    ack = unwrap(segment.ack, conn.snd_nxt)
-    if flags & ACK and ack != conn.snd_nxt:
-        if not flags & RST:
-            conn.tcp.reset_stray(conn)
-        return DropReason.TCP_INVALID_ACK
-    if flags & RST:
-        if not flags & ACK:
-            return DropReason.TCP_RESET
-        env.mib.TcpAttemptFails += 1
-        conn.fail(errno.ECONNREFUSED)
-        return None
-    if not flags & SYN:
-        return DropReason.TCP_FLAGS
-    accept_syn(conn, segment.seq, segment.window, segment.options)
-    if flags & ACK:
-        conn.snd_una = ack
-        conn.snd_wl2 = ack
-        conn.enter(State.ESTABLISHED)
-        _established(conn)
-        conn.ack_due = ACK_NOW
-        if segment.length or flags & FIN:
-            seq = conn.rcv_nxt
-            return _process_data(conn, segment, seq, seq + segment.length)
-        return None
-    # Simultaneous open.
-    conn.enter(State.SYN_RECV)
-    output.send_syn(conn)
-    return None
-
-
-def _established(conn: Connection) -> None:
-    """The three-way handshake is done: start the clocks and tell the user."""
-    env = conn.tcp.env
-    now = env.timers.now
-    conn.retransmit_timer.cancel()
-    if conn.retries:
-        conn.rtt.on_lost_syn()
-        conn.cc.cwnd = conn.mss  # RFC 5681, section 3.1
-    elif conn.last_sent >= 0:
-        conn.rtt.on_sample(now - conn.last_sent)
-    conn.rcv_rtt = max(conn.rtt.srtt, 0.001)
-    conn.retries = 0
-    conn.last_received = conn.last_data = now
-    conn.rcvq_time = now
-    conn.nagle_end = conn.snd_una
-    conn.recovery.point = conn.iss
-    timers.start_keepalive(conn)
-    conn.path.neighbour.confirm()
-    if not conn.options.sndbuf:
-        conn.sndbuf = max(conn.sndbuf, 4 * conn.cc.cwnd)
-    if conn.listener is not None:
-        conn.listener.on_established(conn)
-    elif conn.shutdown_mask & SHUT_WR:
-        conn.enter(State.FIN_WAIT1)  # the user has shut down meanwhile
-    conn.notify(WRITABLE)
-
-
-# -- acknowledgments --
-
-
-def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropReason | None:
-    una = conn.snd_una
-    ack = unwrap(segment.ack, una)
-    if conn.state is SYN_RECV:
-        if ack != conn.snd_nxt:
-            conn.tcp.reset_stray(conn)
-            return DropReason.TCP_INVALID_ACK
-        if conn.listener is not None:
-            # A bare ACK does not do while data is to come (tcp_check_req).
-            if conn.retries < conn.options.defer_accept and not segment.length and not segment.flags & FIN:
-                conn.deferred = True
-                conn.tcp.env.mib.TcpExtTCPDeferAcceptDrop += 1
-                return None
-            if not conn.listener.may_establish():
-                return DropReason.LISTEN_OVERFLOW  # forgotten: our SYN-ACK, sent again, asks for it again
-        conn.snd_una = ack
-        if segment.flags & SYN:
-            segment.window >>= max(conn.snd_wscale, 0)  # the window of a SYN is not scaled (RFC 7323, section 2.2): undo below
-        conn.snd_wnd = segment.window << max(conn.snd_wscale, 0)
-        conn.max_window = max(conn.max_window, conn.snd_wnd)
-        conn.snd_wl1 = seq
-        conn.snd_wl2 = ack
-        conn.enter(State.ESTABLISHED)
-        _established(conn)
-    return process_ack(conn, segment, seq, ack)
 
 
 # -- data --

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from ustack.drops import DropReason
 from ustack.transport.events import READABLE, nobody
 from ustack.transport.tcp import output
-from ustack.transport.tcp.input import accept_syn, segment_arrives
+from ustack.transport.tcp.input import segment_arrives
+from ustack.transport.tcp.opening import accept_syn
 from ustack.transport.tcp.output import MASK32
 from ustack.transport.tcp.states import State
 from ustack.transport.tcp.syncookies import LIFETIME, PERIOD, options_of, timestamp_with_state
