@@ -48,7 +48,7 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
     """Process one segment for `conn`. Returns why it was dropped, or None when it was of use."""
     if conn.state is SYN_SENT:
         reason = in_syn_sent(conn, segment)
-        if conn.state is ESTABLISHED and (segment.length or segment.flags & FIN):
+        if conn.synchronized and (segment.length or segment.flags & FIN):
             return _process_data(conn, segment, conn.rcv_nxt, conn.rcv_nxt + segment.length)
         return reason
     flags = segment.flags
