@@ -28,6 +28,7 @@ from ustack.mib import Mib
 from ustack.socket_options import GETTERS, SETTERS
 from ustack.stack import Stack
 from ustack.transport.tcp.config import TcpConfig
+from ustack.transport.tcp.fastopen import CLIENT, SERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -87,6 +88,10 @@ OPTIONS: Final = {
         " waiting.",
         "TCP_NOTSENT_LOWAT": "Unsent bytes from which on the stream takes no more; it is writable below half of that. 0: as"
         " much as SO_SNDBUF allows.",
+        "TCP_FASTOPEN": "A listener takes data with the SYN of clients that have our cookie, from so many at a time whose"
+        " handshake is not done (RFC 7413), where `fastopen` is configured.",
+        "TCP_FASTOPEN_CONNECT": "Connecting succeeds at once where the server's cookie is known, and the SYN goes with the"
+        " first data that is sent.",
         "TCP_INQ": "`Socket.control_messages` says after each call how much is left to read.",
         "TCP_USER_TIMEOUT": "Milliseconds that sent data may stay unacknowledged before the connection fails (RFC 5482); 0:"
         " as many timeouts as configured.",
@@ -226,7 +231,12 @@ def socket_options() -> str:
     """The page of the socket options."""
     described = {(getattr(names, level), _number(name)) for level, options in OPTIONS.items() for name in options}
     assert described == SETTERS.keys() | GETTERS.keys(), "OPTIONS must have what the tables in ustack/socket_options.py have"
-    with closing(Stack(memory=1 << 20)) as stack, stack.socket() as stream, stack.socket(type=names.SOCK_DGRAM) as datagram:
+    everything = TcpConfig(fastopen=CLIENT | SERVER)
+    with (
+        closing(Stack(memory=1 << 20, tcp=everything)) as stack,
+        stack.socket() as stream,
+        stack.socket(type=names.SOCK_DGRAM) as datagram,
+    ):
         tables = "\n\n".join(
             f"## {level}\n\n"
             + _table(

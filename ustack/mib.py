@@ -31,6 +31,12 @@ class Mib:
         "TcpExtTCPAbortOnTimeout",
         "TcpExtTCPChallengeACK",
         "TcpExtTCPDeferAcceptDrop",
+        "TcpExtTCPFastOpenActive",
+        "TcpExtTCPFastOpenActiveFail",
+        "TcpExtTCPFastOpenCookieReqd",
+        "TcpExtTCPFastOpenListenOverflow",
+        "TcpExtTCPFastOpenPassive",
+        "TcpExtTCPFastOpenPassiveFail",
         "TcpExtTCPFastRetrans",
         "TcpExtTCPHPHits",
         "TcpExtTCPKeepAlive",
@@ -101,6 +107,18 @@ class Mib:
         """Challenge ACKs sent (RFC 5961)."""
         self.TcpExtTCPDeferAcceptDrop = 0
         """ACKs without data that did not finish a handshake, because the listener waits for data (TCP_DEFER_ACCEPT)."""
+        self.TcpExtTCPFastOpenActive = 0
+        """Data that went with our SYN and was acknowledged by the SYN-ACK (RFC 7413)."""
+        self.TcpExtTCPFastOpenActiveFail = 0
+        """Data that went with our SYN and was not acknowledged by the SYN-ACK."""
+        self.TcpExtTCPFastOpenCookieReqd = 0
+        """SYNs that asked for a Fast Open cookie."""
+        self.TcpExtTCPFastOpenListenOverflow = 0
+        """SYNs with a good Fast Open cookie at a listener that had as many as it may."""
+        self.TcpExtTCPFastOpenPassive = 0
+        """SYNs whose data was taken at once."""
+        self.TcpExtTCPFastOpenPassiveFail = 0
+        """SYNs with a Fast Open cookie that was not ours."""
         self.TcpExtTCPFastRetrans = 0
         """Segments sent again in fast recovery."""
         self.TcpExtTCPHPHits = 0

@@ -99,6 +99,7 @@ class Socket:
         "_bound",
         "_closed",
         "_connecting",
+        "_deferred",
         "_error",
         "_listener",
         "_readers",
@@ -138,6 +139,7 @@ class Socket:
         self._closed = False
         self._connecting = False  # nobody has been told yet what became of the attempt
         self._error = 0  # what a disconnect leaves behind
+        self._deferred: Address | None = None  # to be connected by what is sent first
         self._readers: deque[asyncio.Future[None]] = deque()
         self._writers: deque[asyncio.Future[None]] = deque()
         if type == names.SOCK_DGRAM:
@@ -297,20 +299,43 @@ class Socket:
         if self.datagram is not None:
             self.datagram.connect(packed, port)
             return
-        if self._listener is not None:
+        if self._listener is not None or self._deferred is not None:
             raise _error(errno.EISCONN)
         if self.stream is not None:
             self._connected(self.stream)
             return
+        if self.options.fastopen_connect and self.host.tcp.may_send_early(packed):
+            self._deferred = address
+            return
+        self._open(packed, port, b"" if self.options.fastopen_connect else None)
+        raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
+
+    def _open(self, packed: bytes, port: int, early: Buffer | None = None) -> Connection:
+        """Send a SYN, with what of `early` may go with it (RFC 7413)."""
         local, local_port = self._bound or (None, 0)
         path = self.host.ip.path(packed, local)
         if path.broadcast:
             raise _error(errno.ENETUNREACH)
-        self.stream = conn = self.host.tcp.connect(path, local_port, port, self.options)
+        self.stream = conn = self.host.tcp.connect(path, local_port, port, self.options, early)
         conn.wake = self._wake
         self._connecting = True
         self._error = 0
-        raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
+        self._deferred = None
+        return conn
+
+    def _fast_open(self, data: Buffer, address: Address) -> int:
+        """Connect to `address` and send `data` with the SYN, as much as fits (MSG_FASTOPEN); return how many bytes went.
+
+        Raises BlockingIOError EINPROGRESS when none may, because the server's cookie is not known yet.
+        """
+        packed, port = _destination(address)
+        if packed is None:
+            raise _error(errno.ECONNREFUSED)
+        self.host.tick()
+        taken = self._open(packed, port, data).snd_nxt - self._stream().iss - 1
+        if not taken:
+            raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
+        return taken
 
     def _connected(self, conn: Connection) -> None:
         """Say once what became of the attempt to connect; after a failure the next attempt may begin."""
@@ -440,6 +465,8 @@ class Socket:
         segment that is not full. Raises BlockingIOError, BrokenPipeError, the connection's error, or OSError EOPNOTSUPP for any
         other flag; for a datagram see `sendto_nowait`, and EDESTADDRREQ without a peer.
         """
+        if self._deferred is not None:
+            return self._fast_open(data, self._deferred)
         if flags and flags & ~names.MSG_MORE | (self.datagram is not None):
             raise _error(errno.EOPNOTSUPP)
         if self.datagram is not None:
@@ -482,15 +509,20 @@ class Socket:
             except BlockingIOError:
                 await self._wait(self._readers)
 
-    def sendto_nowait(self, data: Buffer, address: Address) -> int:
-        """Send one datagram; what is lost below is lost silently. On a stream the same as `send_nowait`.
+    def sendto_nowait(self, data: Buffer, address: Address, flags: int = 0) -> int:
+        """Send one datagram; what is lost below is lost silently. On a stream the same as `send_nowait`, but that with
+        MSG_FASTOPEN in `flags` it connects first, and `data` goes with the SYN if it may (RFC 7413).
 
         Raises OSError: an error that arrived earlier, EMSGSIZE when it does not fit the path MTU, EACCES for a broadcast
         without SO_BROADCAST, ENETUNREACH without a route, EPIPE after a shutdown.
         """
         self._check_open()
         if self.datagram is None:
-            return self.send_nowait(data)
+            if flags & names.MSG_FASTOPEN:
+                if self._listener is not None or self._deferred is not None or self.stream is not None:
+                    raise _error(errno.EISCONN if self.stream is None or not self._connecting else errno.EALREADY)
+                return self._fast_open(data, address)
+            return self.send_nowait(data, flags)
         packed, port = _destination(address)
         if packed is None:
             raise _error(errno.ENETUNREACH)
@@ -560,6 +592,8 @@ class Socket:
         It does not wait. A stream that has no room now tells `watch` when it has.
         """
         self._check_open()
+        if self._deferred is not None:
+            return events & select.POLLOUT
         return readiness(self.stream, self._listener, self.datagram, self._error) & (events | select.POLLERR | select.POLLHUP)
 
     def ioctl(self, request: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ustack.transport.tcp.connection import QUICK_ACKS
+from ustack.transport.tcp.fastopen import CLIENT
 from ustack.transport.tcp.output import ACK_NONE, push, send_ack
 from ustack.transport.tcp.timers import start_keepalive
 from ustack.transport.udp import RCVBUF_DEFAULT
@@ -28,6 +29,9 @@ _LINGER: Final = struct.Struct("ii")
 
 TCP_INQ: Final = 36
 """An option, and the control message that it asks for, by their number in linux/tcp.h; the socket module has no name for it."""
+
+TCP_FASTOPEN_CONNECT: Final = 30
+"""Another such option."""
 
 FIN_TIMEOUT_MAX: Final = 120
 """Seconds of TCP_LINGER2 from which on a closed connection waits for no FIN at all (tcp(7))."""
@@ -137,6 +141,14 @@ def _seconds_of(timeouts: int, config: TcpConfig) -> int:
     return int(sum(min(config.initial_rto * 2**each, config.rto_max) for each in range(timeouts)))
 
 
+def _set_fastopen_connect(sock: Socket, _option: int, value: int | bytes) -> None:
+    if not sock.host.tcp.config.fastopen & CLIENT:
+        raise _error(errno.EOPNOTSUPP)
+    if sock.stream is not None:
+        raise _error(errno.EINVAL)
+    _set_within(sock, "fastopen_connect", value, 0, 1)
+
+
 def _set_notsent_lowat(sock: Socket, _option: int, value: int | bytes) -> None:
     sock.options.notsent_lowat = min(_number(value) & 0xFFFFFFFF, 0x7FFFFFFF)
 
@@ -186,6 +198,8 @@ SETTERS: Final[dict[tuple[int, int], Setter]] = {
     (names.IPPROTO_TCP, names.TCP_WINDOW_CLAMP): _set_window_clamp,
     (names.IPPROTO_TCP, names.TCP_LINGER2): _set_linger2,
     (names.IPPROTO_TCP, names.TCP_NOTSENT_LOWAT): _set_notsent_lowat,
+    (names.IPPROTO_TCP, names.TCP_FASTOPEN): lambda sock, _, value: _set_within(sock, "fastopen", value, 0, 0x7FFFFFFF),
+    (names.IPPROTO_TCP, TCP_FASTOPEN_CONNECT): _set_fastopen_connect,
     (names.IPPROTO_TCP, TCP_INQ): lambda sock, _, value: _set_within(sock, "inq", value, 0, 1),
     (names.IPPROTO_TCP, names.TCP_KEEPIDLE): _set_keepalive_time,
     (names.IPPROTO_TCP, names.TCP_KEEPINTVL): _set_keepalive_time,
@@ -221,6 +235,8 @@ GETTERS: Final[dict[tuple[int, int], Getter]] = {
     (names.IPPROTO_TCP, names.TCP_WINDOW_CLAMP): lambda sock: sock.options.window_clamp,
     (names.IPPROTO_TCP, names.TCP_LINGER2): lambda sock: int(sock.options.linger2 or sock.host.tcp.config.fin_timeout),
     (names.IPPROTO_TCP, names.TCP_NOTSENT_LOWAT): lambda sock: sock.options.notsent_lowat,
+    (names.IPPROTO_TCP, names.TCP_FASTOPEN): lambda sock: sock.options.fastopen,
+    (names.IPPROTO_TCP, TCP_FASTOPEN_CONNECT): lambda sock: int(sock.options.fastopen_connect),
     (names.IPPROTO_TCP, TCP_INQ): lambda sock: int(sock.options.inq),
     (names.IPPROTO_TCP, names.TCP_KEEPIDLE): lambda sock: int(sock.options.keepidle or sock.host.tcp.config.keepalive_time),
     (names.IPPROTO_TCP, names.TCP_KEEPINTVL): lambda sock: int(sock.options.keepintvl or sock.host.tcp.config.keepalive_intvl),

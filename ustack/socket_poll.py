@@ -37,7 +37,7 @@ def _of_stream(conn: Connection) -> int:
             events |= POLLHUP
     if conn.state is CLOSE:
         events |= POLLHUP
-    if conn.state is SYN_SENT or conn.state is SYN_RECV:
+    if conn.state is SYN_SENT or (conn.state is SYN_RECV and not conn.fastopen):
         return events
     if conn.readable:
         events |= IN

@@ -12,6 +12,9 @@ import pytest
 from tests.sim.network import SERVER, Network
 from ustack.link.simwire import Impairments
 from ustack.socket import SIOCINQ, SIOCOUTQ
+from ustack.socket_options import TCP_FASTOPEN_CONNECT
+from ustack.transport.tcp.fastopen import CLIENT
+from ustack.transport.tcp.fastopen import SERVER as SERVER_FLAG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -298,3 +301,50 @@ def test_sizes_that_make_no_sense_are_refused_and_take_nothing(network: Network)
         sock.close()
     client.close()
     sender.close()
+
+
+def fast_open(network: Network) -> Socket:
+    """Both stacks use Fast Open, a listener takes it, and the client has a cookie."""
+    for stack in (network.client, network.server):
+        stack.tcp.config.fastopen = CLIENT | SERVER_FLAG
+    listener = listen(network)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 5)
+    with network.client.socket() as first:
+        with raises(errno.EINPROGRESS):
+            first.sendto_nowait(b"too early", (SERVER, 80), socket.MSG_FASTOPEN)
+        network.world.run(0.1)
+    with listener.accept_nowait()[0]:
+        pass
+    return listener
+
+
+def test_data_goes_with_the_syn_and_comes_back_before_the_handshake_is_done(network: Network) -> None:
+    with fast_open(network) as listener, network.client.socket() as client:
+        assert client.sendto_nowait(b"question", (SERVER, 80), socket.MSG_FASTOPEN) == 8
+        with raises(errno.EALREADY):
+            client.sendto_nowait(b"again", (SERVER, 80), socket.MSG_FASTOPEN)
+        network.world.run(0.011)
+        accepted, _ = listener.accept_nowait()
+        with accepted:
+            assert accepted.poll(ALL) == select.POLLIN | select.POLLOUT
+            assert accepted.recv_nowait(100) == b"question"
+            accepted.send_nowait(b"answer")
+            network.world.run(0.011)
+            assert client.recv_nowait(100) == b"answer"
+
+
+def test_connecting_waits_for_the_data_that_goes_with_the_syn(network: Network) -> None:
+    with fast_open(network) as listener, network.client.socket() as client:
+        client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+        client.connect_nowait((SERVER, 80))
+        assert client.poll(ALL) == select.POLLOUT
+        assert client.send_nowait(b"question") == 8
+        network.world.run(0.011)
+        accepted, _ = listener.accept_nowait()
+        with accepted:
+            assert accepted.recv_nowait(100) == b"question"
+
+
+def test_fast_open_that_is_off_is_not_supported(network: Network) -> None:
+    with network.client.socket() as client, raises(errno.EOPNOTSUPP):
+        client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)

@@ -11,7 +11,7 @@ import termios
 from base64 import b64decode
 from typing import Any, Final
 
-from ustack.socket_options import TCP_INQ
+from ustack.socket_options import TCP_FASTOPEN_CONNECT, TCP_INQ
 
 _MODULES: Final = (socket, select, os, fcntl)
 
@@ -19,6 +19,7 @@ _MORE_NAMES: Final = {
     "SIOCINQ": termios.FIONREAD,
     "FIONREAD": termios.FIONREAD,
     "SIOCOUTQ": termios.TIOCOUTQ,
+    "TCP_FASTOPEN_CONNECT": TCP_FASTOPEN_CONNECT,
     "TCP_INQ": TCP_INQ,
     "TCP_CM_INQ": TCP_INQ,
 }

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 NO_EFFECT: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | socket.MSG_CMSG_CLOEXEC
 """Flags that the stack need not know: we do the waiting, there are no signals, and no descriptors are passed."""
 
-SEND_FLAGS: Final = NO_EFFECT | socket.MSG_MORE
+SEND_FLAGS: Final = NO_EFFECT | socket.MSG_MORE | socket.MSG_FASTOPEN
 RECV_FLAGS: Final = NO_EFFECT | socket.MSG_PEEK | socket.MSG_WAITALL | socket.MSG_TRUNC
 
 SOCKET_FLAGS: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -159,7 +159,23 @@ class Calls:
             raise _error(errno.EFAULT)
         if descriptor.socket.datagram is not None and args.get("addr") is not None:
             return {"ret": descriptor.socket.sendto_nowait(data, _address(args))}
+        if flags & socket.MSG_FASTOPEN:
+            return {"ret": await self._fast_open(descriptor, data, flags, _address(args))}
         return {"ret": await blocking.send(descriptor, data, flags)}
+
+    async def _fast_open(self, descriptor: Descriptor, data: bytes, flags: int, address: tuple[str, int]) -> int:
+        """sendto(2) with MSG_FASTOPEN: connect with what fits the SYN; a call that waits then sends the rest."""
+        waits = not (descriptor.nonblocking or flags & socket.MSG_DONTWAIT)
+        sent = 0
+        try:
+            sent = descriptor.socket.sendto_nowait(data, address, socket.MSG_FASTOPEN)
+        except BlockingIOError:
+            if not waits:
+                raise
+        if waits:
+            await blocking.attempt(descriptor, lambda: descriptor.socket.connect_nowait(address))
+            sent += await blocking.send(descriptor, data[sent:], flags)
+        return sent
 
     # -- ending --
 

@@ -18,6 +18,7 @@ COUNTS: Final = {
     "keepalive_probes": "keepalive_probes",
     "initial_cwnd": "initial_window",
     "syncookies": "syncookies",
+    "fastopen": "fastopen",
 }
 SECONDS: Final = {"fin_timeout": "fin_timeout", "keepalive_time": "keepalive_time", "keepalive_intvl": "keepalive_intvl"}
 TRIPLES: Final = {

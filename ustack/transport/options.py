@@ -53,6 +53,10 @@ class SocketOptions:
     """Seconds that a closed connection waits in FIN-WAIT-2 (TCP_LINGER2); 0: as configured; -1: not at all."""
     defer_accept: int = 0
     """Timeouts of the SYN-ACK for which a bare ACK does not finish the handshake, since data is to come (TCP_DEFER_ACCEPT)."""
+    fastopen: int = 0
+    """Connections that a listener may have opened by data with a SYN and not confirmed yet (TCP_FASTOPEN); 0: takes none."""
+    fastopen_connect: bool = False
+    """The SYN waits for the first data that is sent, where the server's cookie is known (TCP_FASTOPEN_CONNECT)."""
     inq: bool = False
     """Tell with each `recvmsg` how much is left to read (TCP_INQ)."""
     memalloc: bool = False

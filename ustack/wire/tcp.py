@@ -49,6 +49,7 @@ OPT_WSCALE: Final = 3
 OPT_SACK_PERMITTED: Final = 4
 OPT_SACK: Final = 5
 OPT_TIMESTAMPS: Final = 8
+OPT_FASTOPEN: Final = 34
 
 TS: Final = Struct("!III")
 """The usual options of a segment, 12 bytes: `TS_MARK`, TSval, TSecr (RFC 7323, appendix A)."""
@@ -70,9 +71,11 @@ _U16: Final = Struct("!H")
 
 
 class TcpOptions:
-    """The options of one segment. A number that is absent is -1; `sack` holds blocks `(left, right)` in their order there."""
+    """The options of one segment. A number that is absent is -1; `sack` holds blocks `(left, right)` in their order there;
+    `fastopen` is a cookie, b"" where one is asked for (RFC 7413), or None.
+    """
 
-    __slots__ = ("mss", "sack", "sack_permitted", "ts_ecr", "ts_val", "wscale")
+    __slots__ = ("fastopen", "mss", "sack", "sack_permitted", "ts_ecr", "ts_val", "wscale")
 
     def __init__(self) -> None:
         self.mss = -1
@@ -81,6 +84,7 @@ class TcpOptions:
         self.ts_val = -1
         self.ts_ecr = -1
         self.sack: tuple[tuple[int, int], ...] = ()
+        self.fastopen: bytes | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TcpOptions) and repr(self) == repr(other)
@@ -89,7 +93,7 @@ class TcpOptions:
 
     def __repr__(self) -> str:
         return (
-            f"TcpOptions(mss={self.mss}, sack={self.sack}, sack_permitted={self.sack_permitted}, "
+            f"TcpOptions(fastopen={self.fastopen!r}, mss={self.mss}, sack={self.sack}, sack_permitted={self.sack_permitted}, "
             f"ts_ecr={self.ts_ecr}, ts_val={self.ts_val}, wscale={self.wscale})"
         )
 
@@ -128,14 +132,25 @@ def parse_options(buffer: Buffer, start: int, end: int) -> TcpOptions:
         elif kind == OPT_WSCALE:
             if length == 3:
                 options.wscale = min(buffer[at + 2], WSCALE_MAX)
-        elif kind == OPT_SACK_PERMITTED and length == 2:
-            options.sack_permitted = True
+        elif kind == OPT_SACK_PERMITTED:
+            options.sack_permitted |= length == 2
+        elif kind == OPT_FASTOPEN and (length == 2 or (6 <= length <= 18 and not length & 1)):
+            options.fastopen = bytes(buffer[at + 2 : at + length])
         at += length
     return options
 
 
-def build_syn_options(mss: int, wscale: int = -1, sack_permitted: bool = False, ts_val: int = -1, ts_ecr: int = 0) -> bytes:
-    """The options of a SYN, a multiple of 4 bytes, in the order that Linux sends them; `wscale`, `ts_val`: not when -1."""
+def build_syn_options(
+    mss: int,
+    wscale: int = -1,
+    sack_permitted: bool = False,
+    ts_val: int = -1,
+    ts_ecr: int = 0,
+    fastopen: bytes | None = None,
+) -> bytes:
+    """The options of a SYN, a multiple of 4 bytes, in the order that Linux sends them; `wscale`, `ts_val`: not when -1;
+    `fastopen`: not when None.
+    """
     options = b"\x02\x04" + _U16.pack(mss)
     if ts_val >= 0:
         options += b"\x04\x02\x08\x0a" if sack_permitted else b"\x01\x01\x08\x0a"
@@ -144,6 +159,9 @@ def build_syn_options(mss: int, wscale: int = -1, sack_permitted: bool = False, 
         options += b"\x01\x01\x04\x02"
     if wscale >= 0:
         options += bytes((OPT_NOP, OPT_WSCALE, 3, wscale))
+    if fastopen is not None:
+        options += bytes((OPT_FASTOPEN, 2 + len(fastopen))) + fastopen
+        options += bytes((OPT_NOP,)) * (-len(options) % 4)
     return options
 
 

@@ -43,7 +43,7 @@ def check_connection(conn: Connection) -> None:
     segments = conn.inflight.segments
     conn.inflight.check()
     if segments:
-        assert segments[0].seq == conn.snd_una
+        assert segments[0].seq == max(conn.snd_una, conn.iss + 1)
         assert segments[-1].end == conn.snd_nxt
     elif conn.synchronized:
         assert conn.snd_una == conn.snd_nxt

@@ -247,7 +247,8 @@ class Peer:
         header.options.sack = sack
         seen = Seen(self.world.now, header.flags, seq, ack, len(payload), header.window, header.options, header.dport)
         if payload:
-            assert payload == pattern(seq, len(payload)), f"wrong data in {seen}"
+            start = seq + bool(header.flags & SYN)
+            assert payload == pattern(start, len(payload)), f"wrong data in {seen}"
         end = seq + len(payload) + bool(header.flags & SYN) + bool(header.flags & FIN)
         if seq <= self.ack < end and not header.flags & RST:
             self.ack = end
@@ -295,6 +296,7 @@ class Peer:
         settle: bool = True,
         raw_options: bytes | None = None,
         payload: bytes | None = None,
+        fastopen: bytes | None = None,
     ) -> None:
         """Send a segment. `seq` is what comes next unless given, `ack` everything in sequence that was seen.
 
@@ -314,7 +316,7 @@ class Peer:
         if raw_options is not None:
             options = raw_options
         elif flags & SYN:
-            options = tcp.build_syn_options(mss, wscale, sack_permitted, *ts) if mss >= 0 else b""
+            options = tcp.build_syn_options(mss, wscale, sack_permitted, *ts, fastopen) if mss >= 0 else b""
         else:
             blocks = [((left + self.stack_iss) % (1 << 32), (right + self.stack_iss) % (1 << 32)) for left, right in sack]
             options = tcp.build_options(*ts, blocks)
@@ -462,11 +464,13 @@ class Peer:
         self.expects_nothing()
         return self.user()
 
-    def is_called(self, **options: Any) -> User:
-        """A user on our side connects to the peer: the stack's SYN is under way."""
+    def is_called(self, early: int | None = None, **options: Any) -> User:
+        """A user on our side connects to the peer: the stack's SYN is under way, with up to `early` bytes if it may."""
         self.own_port, self.port = STACK_PORT, 50000
         path = self.stack.ip.path(PEER_ADDRESS)
-        user = self._user(self.stack.tcp.connect(path, self.port, self.own_port, SocketOptions(**options)))
+        data = None if early is None else pattern(1, early)
+        user = self._user(self.stack.tcp.connect(path, self.port, self.own_port, SocketOptions(**options), data))
+        user.sent = user.conn.snd_nxt - user.conn.iss - 1
         self.settle()
         self.mark = self.world.now
         return user

@@ -46,6 +46,10 @@ class TcpConfig:
     """Unanswered probes before the connection fails with ETIMEDOUT (tcp_keepalive_probes)."""
     max_syn_backlog: int = 1024
     """Half-open connections of one listener (tcp_max_syn_backlog)."""
+    fastopen: int = 0
+    """Data with the SYN, as the sum of flags (tcp_fastopen; RFC 7413): 1 as a client, 2 as a server, 4 as a client even without
+    a cookie, 512 as a server even without a cookie, 1024 for every listener.
+    """
     syncookies: int = 1
     """What a listener does when `max_syn_backlog` connections are half open (tcp_syncookies): 0 drops SYNs, 1 answers them with
     cookies and keeps nothing, 2 does so always.

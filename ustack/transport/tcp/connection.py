@@ -59,6 +59,7 @@ class Connection:
         "deferred",
         "delack_timer",
         "error",
+        "fastopen",
         "fin_seq",
         "handed",
         "inflight",
@@ -139,6 +140,7 @@ class Connection:
         self.state = State.CLOSE
         self.listener: Listener | None = None
         self.deferred = False
+        self.fastopen = False
         self.error = 0
         self.soft_error = 0
         self.shutdown_mask = 0
@@ -245,6 +247,11 @@ class Connection:
         return self.state not in (State.CLOSE, State.LISTEN, State.SYN_SENT, State.SYN_RECV)
 
     @property
+    def early(self) -> bool:
+        """Whether data came with the peer's SYN, so that an answer need not wait for the end of the handshake (RFC 7413)."""
+        return self.fastopen and self.state is State.SYN_RECV
+
+    @property
     def orphan(self) -> bool:
         """Whether the user has closed the connection."""
         return self.shutdown_mask & ORPHAN != 0
@@ -272,7 +279,7 @@ class Connection:
         Raises BlockingIOError when not one byte can be taken now, BrokenPipeError after a shutdown, or the connection's error.
         """
         self.raise_error()
-        if self.shutdown_mask & SHUT_WR or self.state not in CAN_SEND:
+        if self.shutdown_mask & SHUT_WR or not (self.state in CAN_SEND or self.early):
             if self.state in (State.SYN_SENT, State.SYN_RECV):
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
@@ -310,7 +317,7 @@ class Connection:
         if self.error or self.shutdown_mask & SHUT_WR:
             return True
         queue = self.send_queue
-        if self.state not in CAN_SEND or queue.account.bytes * 3 >= self.sndbuf * 2:
+        if not (self.state in CAN_SEND or self.early) or queue.account.bytes * 3 >= self.sndbuf * 2:
             return False
         lowat = self.options.notsent_lowat
         return not lowat or (queue.end - self.snd_nxt) * 2 < lowat

@@ -87,13 +87,8 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
 
     # Fourth, SYN (RFC 5961, section 4).
     if flags & SYN:
-        if conn.state is not SYN_RECV or seq != conn.irs:
-            output.send_challenge_ack(conn)
-            return DropReason.TCP_INVALID_SYN
-        if not flags & ACK:
-            conn.retries = max(conn.retries, 1)  # the peer's SYN again: our SYN-ACK was lost
-            output.send_syn(conn)
-            return DropReason.TCP_OLD_DATA
+        if not flags & ACK or conn.state is not SYN_RECV or seq != conn.irs:
+            return _unexpected_syn(conn, flags, seq)
         seq += 1  # the SYN-ACK of a simultaneous open: its ACK is what we wait for
         end += 1
 
@@ -134,8 +129,7 @@ def _unacceptable(conn: Connection, segment: ArrivingSegment, seq: int, end: int
     if flags & RST:
         return DropReason.TCP_RESET
     if flags & SYN:
-        output.send_challenge_ack(conn)
-        return DropReason.TCP_INVALID_SYN
+        return _unexpected_syn(conn, flags, seq)
     if flags & ACK and seq < conn.rcv_nxt and end <= conn.rcv_nxt:
         # Old data or a keepalive, but its acknowledgment may be news: without this, two full windows would wait for each other.
         _process_ack(conn, segment, seq)
@@ -163,12 +157,22 @@ def _duplicate_ack(conn: Connection) -> None:
         conn.tcp.schedule(conn)
 
 
+def _unexpected_syn(conn: Connection, flags: int, seq: int) -> DropReason:
+    """A SYN where none belongs: that of a half-open connection again, or a blind attack (RFC 5961, section 4)."""
+    if conn.state is SYN_RECV and seq == conn.irs and not flags & ACK:
+        conn.retries = max(conn.retries, 1)  # our SYN-ACK was lost
+        output.send_syn(conn)
+        return DropReason.TCP_OLD_DATA
+    output.send_challenge_ack(conn)
+    return DropReason.TCP_INVALID_SYN
+
+
 def _on_reset(conn: Connection) -> None:
     """The peer has reset the connection (RFC 9293, section 3.10.7.4, second)."""
     mib = conn.tcp.env.mib
     if conn.state is SYN_RECV:
         mib.TcpAttemptFails += 1
-        conn.fail(errno.ECONNREFUSED)
+        conn.fail(errno.ECONNRESET if conn.fastopen else errno.ECONNREFUSED)
         return
     if conn.state in (State.ESTABLISHED, State.CLOSE_WAIT):
         mib.TcpEstabResets += 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ustack.drops import DropReason
 from ustack.transport.events import READABLE, nobody
 from ustack.transport.tcp import output
+from ustack.transport.tcp.fastopen import SERVER, SERVER_COOKIE_NOT_REQD, SERVER_WO_SOCKOPT
 from ustack.transport.tcp.input import segment_arrives
 from ustack.transport.tcp.opening import accept_syn
 from ustack.transport.tcp.output import MASK32
@@ -119,13 +120,52 @@ class Listener:
     def on_syn(self, conn: Connection) -> None:
         """A SYN came for us: `conn` is new and answers it with its SYN-ACK."""
         segment = self.tcp.segment
+        early, cookie = self._fast_open(conn)
         self.tcp.register(conn)
         self._take_syn(conn, segment.seq, segment.window, segment.options)
         self.half_open.add(conn)
         timers = self.tcp.env.timers
         conn.last_sent = timers.now
-        output.send_syn(conn)
+        if early:
+            self._take_early(conn)
+        output.send_syn(conn, fastopen=cookie)
         timers.set(conn.retransmit_timer, timers.now + conn.rtt.rto)
+
+    def _fast_open(self, conn: Connection) -> tuple[bool, bytes | None]:
+        """What Fast Open makes of the current SYN: whether its data may be taken at once, and the option of the SYN-ACK (RFC
+        7413, section 4.2).
+        """
+        tcp = self.tcp
+        flags = tcp.config.fastopen
+        limit = self.options.fastopen or (self.backlog if flags & SERVER_WO_SOCKOPT else 0)
+        options = tcp.segment.options
+        offered = options.fastopen if options is not None else None
+        trusted = flags & SERVER_COOKIE_NOT_REQD != 0 and tcp.segment.length > 0
+        if not (flags & SERVER and limit) or (offered is None and not trusted):
+            return False, None
+        mib = tcp.env.mib
+        if trusted or (offered and tcp.fastopen.knows(conn.path.dst, offered)):
+            if sum(other.fastopen for other in self.half_open) < limit:
+                mib.TcpExtTCPFastOpenPassive += 1
+                return True, None
+            mib.TcpExtTCPFastOpenListenOverflow += 1
+            return False, None
+        if offered:
+            mib.TcpExtTCPFastOpenPassiveFail += 1
+        else:
+            mib.TcpExtTCPFastOpenCookieReqd += 1
+        return False, tcp.fastopen.cookie_for(conn.path.dst)
+
+    def _take_early(self, conn: Connection) -> None:
+        """The data of the current SYN is taken, and `conn` may be accepted before its handshake is done."""
+        segment = self.tcp.segment
+        size = min(segment.length, conn.rcv_adv - conn.rcv_nxt)
+        if size and conn.receive_queue.put(segment.frame, segment.offset, size, conn.rcv_nxt, conn.gfp):
+            conn.rcv_nxt += size
+        conn.fastopen = True
+        self.queue.append(conn)
+        self.tcp.schedule_wake(self)
+        self.tcp.env.want_flush()
 
     def may_establish(self) -> bool:
         """Whether a handshake may be completed now; counts the refusal when the queue has filled since its SYN
@@ -143,8 +183,9 @@ class Listener:
         self.half_open.discard(conn)
         conn.listener = None
         self.tcp.env.mib.TcpPassiveOpens += 1
-        self.queue.append(conn)
-        self.tcp.schedule_wake(self)
+        if not conn.fastopen:
+            self.queue.append(conn)
+            self.tcp.schedule_wake(self)
 
     def on_failed(self, conn: Connection) -> None:
         """The handshake of `conn` came to nothing."""
@@ -170,7 +211,11 @@ class Listener:
             return
         self._closed = True
         self.tcp.forget_listener(self)
-        for conn in [*self.half_open, *self.queue]:
+        for conn in self.half_open:
+            conn.listener = None
+            if not conn.fastopen:
+                self.queue.append(conn)
+        for conn in self.queue:
             conn.abort(0)
             conn.close()
         self.half_open.clear()

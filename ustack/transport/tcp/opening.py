@@ -60,7 +60,7 @@ def in_syn_sent(conn: Connection, segment: ArrivingSegment) -> DropReason | None
     flags = segment.flags
     env = conn.tcp.env
     ack = unwrap(segment.ack, conn.snd_nxt)
-    if flags & ACK and ack != conn.snd_nxt:
+    if flags & ACK and not conn.iss < ack <= conn.snd_nxt:
         if not flags & RST:
             conn.tcp.reset_stray(conn)
         return DropReason.TCP_INVALID_ACK
@@ -73,7 +73,11 @@ def in_syn_sent(conn: Connection, segment: ArrivingSegment) -> DropReason | None
     if not flags & SYN:
         return DropReason.TCP_FLAGS
     accept_syn(conn, segment.seq, segment.window, segment.options)
+    if segment.options is not None and segment.options.fastopen:
+        conn.tcp.fastopen.remember(conn.path.dst, segment.options.fastopen, conn.peer_mss)
     if flags & ACK:
+        if conn.snd_nxt > conn.iss + 1:
+            _early_data_answered(conn, ack)
         conn.snd_una = ack
         conn.snd_wl2 = ack
         conn.enter(State.ESTABLISHED)
@@ -86,11 +90,26 @@ def in_syn_sent(conn: Connection, segment: ArrivingSegment) -> DropReason | None
     return None
 
 
+def _early_data_answered(conn: Connection, ack: int) -> None:
+    """The SYN-ACK says how much of the data that went with our SYN was taken; the rest is as if it had not been sent (RFC 7413,
+    section 4.2.2).
+    """
+    mib = conn.tcp.env.mib
+    if ack == conn.snd_nxt:
+        mib.TcpExtTCPFastOpenActive += 1
+    else:
+        mib.TcpExtTCPFastOpenActiveFail += 1
+    conn.send_queue.release(ack)
+    conn.snd_nxt = ack
+
+
 def _established(conn: Connection) -> None:
     """The three-way handshake is done: start the clocks and tell the user."""
     env = conn.tcp.env
     now = env.timers.now
     conn.retransmit_timer.cancel()
+    if conn.inflight.segments:
+        env.timers.set(conn.retransmit_timer, now + conn.rtt.rto)
     if conn.retries:
         conn.rtt.on_lost_syn()
         conn.cc.cwnd = conn.mss  # RFC 5681, section 3.1
@@ -108,7 +127,7 @@ def _established(conn: Connection) -> None:
         conn.sndbuf = max(conn.sndbuf, 4 * conn.cc.cwnd)
     if conn.listener is not None:
         conn.listener.on_established(conn)
-    elif conn.shutdown_mask & SHUT_WR:
+    if conn.shutdown_mask & SHUT_WR:
         conn.enter(State.FIN_WAIT1)  # the user has shut down meanwhile
     conn.notify(WRITABLE)
 
@@ -116,10 +135,10 @@ def _established(conn: Connection) -> None:
 def in_syn_recv(conn: Connection, segment: ArrivingSegment, seq: int) -> DropReason | None:
     """The acknowledgment of a segment in SYN-RECEIVED (RFC 9293, section 3.10.7.4, fifth): of our SYN, or of nothing."""
     ack = unwrap(segment.ack, conn.snd_una)
-    if ack != conn.snd_nxt:
+    if not conn.iss < ack <= conn.snd_nxt:
         conn.tcp.reset_stray(conn)
         return DropReason.TCP_INVALID_ACK
-    if conn.listener is not None:
+    if conn.listener is not None and not conn.fastopen:
         # A bare ACK does not do while data is to come (tcp_check_req).
         if conn.retries < conn.options.defer_accept and not segment.length and not segment.flags & FIN:
             conn.deferred = True
@@ -127,7 +146,7 @@ def in_syn_recv(conn: Connection, segment: ArrivingSegment, seq: int) -> DropRea
             return None
         if not conn.listener.may_establish():
             return DropReason.LISTEN_OVERFLOW  # forgotten: our SYN-ACK, sent again, asks for it again
-    conn.snd_una = ack
+    conn.snd_una = conn.iss + 1
     if segment.flags & SYN:
         segment.window >>= max(conn.snd_wscale, 0)  # the window of a SYN is not scaled (RFC 7323, section 2.2): undo below
     conn.snd_wnd = segment.window << max(conn.snd_wscale, 0)

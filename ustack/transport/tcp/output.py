@@ -252,9 +252,9 @@ def send_probe(conn: Connection) -> None:
     transmit(conn, conn.snd_una - 1, 0, ACK)
 
 
-def send_syn(conn: Connection, ts_val: int = -1) -> None:
+def send_syn(conn: Connection, ts_val: int = -1, fastopen: bytes | None = None, early: int = 0) -> None:
     """Send our SYN, or SYN-ACK once the peer's SYN is known, for the first time or again; `ts_val` is its timestamp if it is
-    not -1 (SYN cookies).
+    not -1 (SYN cookies), `fastopen` a Fast Open option, and `early` the bytes of the send queue that go with it (RFC 7413).
     """
     passive = conn.state is State.SYN_RECV
     try:
@@ -270,6 +270,7 @@ def send_syn(conn: Connection, ts_val: int = -1) -> None:
         conn.sack_ok if passive else config.sack,
         (timestamp(conn, now) if ts_val < 0 else ts_val) if (conn.ts_ok if passive else config.timestamps) else -1,
         conn.ts_recent,
+        fastopen,
     )
     window = syn_window(conn)
     hlen = HEADER_LEN + len(options)
@@ -287,7 +288,8 @@ def send_syn(conn: Connection, ts_val: int = -1) -> None:
     else:
         HEADER.pack_into(head, at, local, remote, conn.iss & MASK32, 0, hlen << 10 | SYN, window, 0, 0)
     conn.tcp.env.mib.TcpOutSegs += 1
-    path.send(IPPROTO_TCP, hlen, _NO_PAYLOAD, 0, OFF_CSUM, 0, conn.options.tos, conn.options.ttl)
+    payload = conn.send_queue.views(conn.iss + 1, early) if early else _NO_PAYLOAD
+    path.send(IPPROTO_TCP, hlen, payload, early, OFF_CSUM, 0, conn.options.tos, conn.options.ttl)
 
 
 def send_reset(conn: Connection) -> None:
@@ -303,7 +305,7 @@ def push(conn: Connection) -> None:
     """Send everything that may be sent now: what is lost first, then new data, then the FIN; set the timer that goes with
     it.
     """
-    if conn.state not in _SENDING:
+    if conn.state not in _SENDING and not conn.early:
         return
     if conn.path.mtu != conn.mtu:
         sync_mss(conn)

@@ -15,6 +15,7 @@ from ustack.transport.ports import ephemeral_ports
 from ustack.transport.tcp import output
 from ustack.transport.tcp.arriving import ArrivingSegment, unwrap
 from ustack.transport.tcp.connection import Connection
+from ustack.transport.tcp.fastopen import CLIENT, CLIENT_NO_COOKIE, FastOpen
 from ustack.transport.tcp.input import segment_arrives
 from ustack.transport.tcp.isn import IsnGenerator
 from ustack.transport.tcp.listener import Listener
@@ -24,12 +25,27 @@ from ustack.transport.tcp.syncookies import SynCookies
 from ustack.transport.tcp.timewait import TimeWait
 from ustack.wire.checksum import finish, ones_sum_views, pseudo_v4
 from ustack.wire.icmp import ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED
-from ustack.wire.tcp import ACK, FIN, HEADER, HEADER_LEN, OFF_CSUM, RST, SYN, TS, TS_LEN, TS_MARK, WSCALE_MAX, parse_options
+from ustack.wire.tcp import (
+    ACK,
+    FIN,
+    HEADER,
+    HEADER_LEN,
+    HEADER_MAX,
+    OFF_CSUM,
+    RST,
+    SYN,
+    TS,
+    TS_LEN,
+    TS_MARK,
+    WSCALE_MAX,
+    parse_options,
+)
 
 if TYPE_CHECKING:
     from ustack.env import Env
     from ustack.net.ipv4 import IpPacket, Ipv4
     from ustack.net.path import Path
+    from ustack.skb import Buffer
     from ustack.transport.options import SocketOptions
     from ustack.transport.tcp.config import TcpConfig
 
@@ -76,6 +92,7 @@ class Tcp:
         "connections",
         "cookies",
         "env",
+        "fastopen",
         "ip",
         "isn",
         "listeners",
@@ -92,6 +109,7 @@ class Tcp:
         self.config = config
         self.isn = IsnGenerator(env.random.randbytes(16))
         self.cookies = SynCookies(env.random.randbytes(16))
+        self.fastopen = FastOpen(env.random.randbytes(16))
         self.connections: dict[bytes, Connection | TimeWait] = {}
         self.listeners: dict[tuple[bytes | None, int], Listener] = {}
         self.segment = ArrivingSegment()
@@ -332,8 +350,13 @@ class Tcp:
 
     # -- opening --
 
-    def connect(self, path: Path, local_port: int, remote_port: int, options: SocketOptions) -> Connection:
+    def connect(
+        self, path: Path, local_port: int, remote_port: int, options: SocketOptions, early: Buffer | None = None
+    ) -> Connection:
         """Open a connection actively; `local_port` 0 chooses one. It is made when `wake` says WRITABLE and no error is pending.
+
+        With `early`, as much of it as fits goes with the SYN if the server's Fast Open cookie is known, and is in the send
+        queue then; otherwise the SYN asks for the cookie (RFC 7413, section 4.1).
 
         Raises OSError: EADDRNOTAVAIL when no port is free, EADDRINUSE when the connection exists.
         """
@@ -355,9 +378,27 @@ class Tcp:
         self.env.mib.TcpActiveOpens += 1
         timers = self.env.timers
         conn.last_sent = timers.now
-        output.send_syn(conn)
+        if early is None or not self.config.fastopen & CLIENT:
+            output.send_syn(conn)
+        else:
+            self._send_early(conn, memoryview(early).cast("B"))
         timers.set(conn.retransmit_timer, timers.now + conn.rtt.rto)
         return conn
+
+    def may_send_early(self, server: bytes) -> bool:
+        """Whether data for `server` (packed) may go with a SYN."""
+        flags = self.config.fastopen
+        return flags & CLIENT != 0 and (flags & CLIENT_NO_COOKIE != 0 or self.fastopen.recall(server) is not None)
+
+    def _send_early(self, conn: Connection, data: memoryview) -> None:
+        known = self.fastopen.recall(conn.path.dst)
+        cookie, mss = known or (b"", conn.peer_mss)
+        size = 0
+        if self.may_send_early(conn.path.dst):
+            room = min(mss, conn.adv_mss) - (HEADER_MAX - HEADER_LEN)
+            size = conn.send_queue.append(data[:room], conn.sndbuf, conn.gfp)
+            conn.snd_nxt += size
+        output.send_syn(conn, fastopen=None if size and not cookie else cookie, early=size)
 
     def _choose_key(self, path: Path, remote_port: int) -> bytes:
         """A name whose ephemeral port is free for this peer, starting at random (RFC 6056, algorithm 1)."""
