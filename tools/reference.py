@@ -20,8 +20,10 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ustack.cli import main  # noqa: E402
-from ustack.daemon.config import SECTIONS, Tcp  # noqa: E402
+from ustack.daemon.config import SECTIONS, Tcp, Udp  # noqa: E402
+from ustack.daemon.daemon import MEM_KEYS  # noqa: E402
 from ustack.transport.tcp.config import TcpConfig  # noqa: E402
+from ustack.transport.udp import UdpConfig  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,8 +55,11 @@ address = "10.77.0.2/24"
 ```
 """
 
-FIXED: Final = {"device": "*", "address": "*", "memory": {"pool", "size", "lock"}, "tcp": {"mem_max"}, "control": "*"}
+FIXED: Final = {"device": "*", "address": "*", "memory": {"pool", "size", "lock"}, "tcp": MEM_KEYS, "udp": "*", "control": "*"}
 """What `ustack.daemon.daemon` does not change while it runs."""
+
+SETTINGS: Final[dict[type, type]] = {Tcp: TcpConfig, Udp: UdpConfig}
+"""Sections that are made from a dataclass, whose docstrings say what the keys mean."""
 
 COMMAND_LINE: Final = """# Command line
 
@@ -69,7 +74,7 @@ def configuration() -> str:
     for name, section in SECTIONS.items():
         heading = f"[[{name}]]" if name in ARRAYS else f"[{name}]"
         parts.append(f"\n## `{heading}`\n\n{inspect.getdoc(section)}\n\n| key | value | default | |\n|-|-|-|-|\n")
-        documentation = _attribute_docstrings(TcpConfig) if section is Tcp else {}
+        documentation = _attribute_docstrings(SETTINGS[section]) if section in SETTINGS else {}
         for key, field in section.model_fields.items():
             mark = "\\*" if FIXED.get(name) == "*" or key in FIXED.get(name, ()) else ""
             text = documentation.get(key) or field.description or ""

@@ -93,6 +93,8 @@ class DropReason(IntEnum):
     """Data after the peer's FIN, or for a connection that has ended."""
     TIME_WAIT = auto()
     """A segment for a connection in TIME-WAIT that did not restart it."""
+    MEM_PRESSURE = auto()
+    """A SYN for an ordinary listener while memory is under pressure."""
     RING_EMPTY = auto()
     """The device had no receive buffer posted."""
     TX_DEVICE = auto()

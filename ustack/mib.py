@@ -24,10 +24,14 @@ class Mib:
         "TcpExtDelayedACKs",
         "TcpExtListenDrops",
         "TcpExtListenOverflows",
+        "TcpExtOfoPruned",
         "TcpExtPFMemallocDrop",
+        "TcpExtPruneCalled",
+        "TcpExtRcvPruned",
         "TcpExtSyncookiesFailed",
         "TcpExtSyncookiesRecv",
         "TcpExtSyncookiesSent",
+        "TcpExtTCPAbortOnMemory",
         "TcpExtTCPAbortOnTimeout",
         "TcpExtTCPChallengeACK",
         "TcpExtTCPDeferAcceptDrop",
@@ -40,8 +44,12 @@ class Mib:
         "TcpExtTCPFastRetrans",
         "TcpExtTCPHPHits",
         "TcpExtTCPKeepAlive",
+        "TcpExtTCPMemoryPressures",
+        "TcpExtTCPMemoryPressuresChrono",
+        "TcpExtTCPOFODrop",
         "TcpExtTCPOFOQueue",
-        "TcpExtTCPRcvPruned",
+        "TcpExtTCPRcvCollapsed",
+        "TcpExtTCPRcvQDrop",
         "TcpExtTCPRenoRecovery",
         "TcpExtTCPReqQFullDoCookies",
         "TcpExtTCPReqQFullDrop",
@@ -57,6 +65,7 @@ class Mib:
         "TcpRetransSegs",
         "UdpInDatagrams",
         "UdpInErrors",
+        "UdpMemErrors",
         "UdpNoPorts",
         "UdpOutDatagrams",
         "UdpRcvbufErrors",
@@ -93,14 +102,22 @@ class Mib:
         """SYNs, and handshakes just finished, that a listener refused."""
         self.TcpExtListenOverflows = 0
         """Those of TcpExtListenDrops that found the queue of connections to accept full."""
+        self.TcpExtOfoPruned = 0
+        """Times that out-of-order data was given up to make room."""
         self.TcpExtPFMemallocDrop = 0
         """Segments in the reserve for sockets that may not use it: the drop rule."""
+        self.TcpExtPruneCalled = 0
+        """Times that a receive queue had no room for what came, and room was looked for."""
+        self.TcpExtRcvPruned = 0
+        """Segments dropped because nothing brought a receive queue below its limit."""
         self.TcpExtSyncookiesFailed = 0
         """ACKs at a listener that has sent SYN cookies which were none of them."""
         self.TcpExtSyncookiesRecv = 0
         """SYN cookies that came back."""
         self.TcpExtSyncookiesSent = 0
         """SYNs answered with a cookie."""
+        self.TcpExtTCPAbortOnMemory = 0
+        """Connections that their users had closed, reset because the data that they held was needed."""
         self.TcpExtTCPAbortOnTimeout = 0
         """Connections given up because the peer answered neither retransmissions nor probes."""
         self.TcpExtTCPChallengeACK = 0
@@ -125,10 +142,18 @@ class Mib:
         """Segments that header prediction matched."""
         self.TcpExtTCPKeepAlive = 0
         """Keepalive probes sent."""
+        self.TcpExtTCPMemoryPressures = 0
+        """Times that TCP came under memory pressure."""
+        self.TcpExtTCPMemoryPressuresChrono = 0
+        """Milliseconds that TCP has been under memory pressure, the present time not included."""
+        self.TcpExtTCPOFODrop = 0
+        """Segments out of order dropped because there was no room or no memory."""
         self.TcpExtTCPOFOQueue = 0
         """Segments queued out of order."""
-        self.TcpExtTCPRcvPruned = 0
-        """Times that all out-of-order data of a connection was given up to make room."""
+        self.TcpExtTCPRcvCollapsed = 0
+        """Packets of receive queues saved by copying their data together."""
+        self.TcpExtTCPRcvQDrop = 0
+        """Segments in order dropped because there was no room or no memory."""
         self.TcpExtTCPRenoRecovery = 0
         """Fast recoveries on a connection without SACK."""
         self.TcpExtTCPReqQFullDoCookies = 0
@@ -159,6 +184,8 @@ class Mib:
         """Datagrams that a program has received."""
         self.UdpInErrors = 0
         """Datagrams refused: too short, with an impossible length, or with a wrong checksum."""
+        self.UdpMemErrors = 0
+        """Datagrams dropped because all UDP sockets together hold too much memory."""
         self.UdpNoPorts = 0
         """Datagrams for a port on which nobody receives."""
         self.UdpOutDatagrams = 0

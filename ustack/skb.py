@@ -208,8 +208,8 @@ class Skb:
         self.len += length
 
     def pull(self, length: int) -> None:
-        """Take `length` bytes off the front, linear part first. Pages stay held until the skb is freed, and so does
-        truesize. Raises ValueError when there are not so many.
+        """Take `length` bytes off the front, linear part first. Pages stay held, and truesize stays, until
+        `release_front`. Raises ValueError when there are not so many.
         """
         if not 0 <= length <= self.len:
             raise ValueError(f"cannot pull {length} of {self.len} bytes")
@@ -230,6 +230,21 @@ class Skb:
             length -= size
             done += 1
         del frags[:done]
+
+    def release_front(self) -> None:
+        """Give back the pages that `pull` has left behind, and their charge; truesize shrinks by them. Does nothing while a
+        clone shares them.
+        """
+        pfns = self.pfns
+        if not pfns or self.dataref is not None:
+            return
+        first = pfns.index(self.frags[0][0] >> PAGE_SHIFT) if self.frags else len(pfns)
+        if first:
+            self.pfns = pfns[first:]
+            self.truesize -= first << PAGE_SHIFT
+            if self.account is not None:
+                self.account.uncharge(first << PAGE_SHIFT)
+            self.memory.pages.free_bulk(pfns[:first])
 
     def trim(self, length: int) -> None:
         """Keep the first `length` bytes of the data. What the skb holds, and truesize, stay. Raises ValueError when there are

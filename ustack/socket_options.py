@@ -9,11 +9,11 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from ustack.mem.socket import SOCK_MIN_SNDBUF
 from ustack.transport.tcp.connection import QUICK_ACKS
 from ustack.transport.tcp.fastopen import CLIENT
 from ustack.transport.tcp.output import ACK_NONE, push, send_ack
 from ustack.transport.tcp.timers import start_keepalive
-from ustack.transport.udp import RCVBUF_DEFAULT
 
 if TYPE_CHECKING:
     from ustack.socket import Socket
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 SOCK_MIN_RCVBUF: Final = 2304
 """Bytes below which no receive limit goes."""
-
-SOCK_MIN_SNDBUF: Final = 4608
-"""Bytes below which no send limit goes."""
 
 _LINGER: Final = struct.Struct("ii")
 
@@ -172,13 +169,15 @@ def _get_linger(sock: Socket) -> bytes:
 def _get_rcvbuf(sock: Socket) -> int:
     if sock.stream is not None:
         return sock.stream.rcvbuf
-    return sock.options.rcvbuf or (sock.host.tcp.config.rmem_default if sock.datagram is None else RCVBUF_DEFAULT)
+    config = sock.host.tcp.config if sock.datagram is None else sock.host.udp.config
+    return sock.options.rcvbuf or config.rmem_default
 
 
 def _get_sndbuf(sock: Socket) -> int:
     if sock.stream is not None:
         return sock.stream.sndbuf
-    return sock.options.sndbuf or sock.host.tcp.config.wmem_default
+    config = sock.host.tcp.config if sock.datagram is None else sock.host.udp.config
+    return sock.options.sndbuf or config.wmem_default
 
 
 SETTERS: Final[dict[tuple[int, int], Setter]] = {

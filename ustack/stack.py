@@ -28,7 +28,7 @@ from ustack.socket import Socket
 from ustack.timers import Timers
 from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.tcp.protocol import Tcp
-from ustack.transport.udp import Udp
+from ustack.transport.udp import Udp, UdpConfig
 
 if TYPE_CHECKING:
     import asyncio
@@ -50,8 +50,9 @@ class Stack:
 
     `memory` is the size of the arena in bytes, `pool` the name of the pool that lays packets on it, `reserve` the bytes of it
     that only memalloc sockets may use: the last that are free, wherever they lie (None: the page allocator's own default).
-    `lock_memory` keeps the arena from being swapped out. `tcp` has the limits and times of TCP. `random` seeds ports, sequence
-    numbers and identifiers, and `now` is the clock in seconds until somebody moves it: leave them out except to repeat a run.
+    `lock_memory` keeps the arena from being swapped out. `tcp` has the limits and times of TCP, `udp` the limits of UDP.
+    `random` seeds ports, sequence numbers and identifiers, and `now` is the clock in seconds until somebody moves it: leave
+    them out except to repeat a run.
     Raises KeyError for a pool that does not exist, ValueError for less memory than a page or than the reserve, OSError when
     the memory cannot be had or locked.
     """
@@ -64,6 +65,7 @@ class Stack:
         reserve: int | None = None,
         lock_memory: bool = False,
         tcp: TcpConfig | None = None,
+        udp: UdpConfig | None = None,
         random: Random | None = None,
         now: float = 0.0,
     ) -> None:
@@ -80,7 +82,7 @@ class Stack:
         self.reserve = Reserve(self.env)
         self.ip = Ipv4(self.env)
         self.tcp = Tcp(self.env, self.ip, tcp or TcpConfig())
-        self.udp = Udp(self.env, self.ip)
+        self.udp = Udp(self.env, self.ip, udp or UdpConfig())
         self.interfaces: list[Interface] = []
         self.pump = Pump(self)
 

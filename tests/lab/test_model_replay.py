@@ -171,7 +171,7 @@ class Replay:
         if model.linear:
             ring = _Rings(RINGS[model.drop_rule, model.head_last])
             features = FEATURE_CSUM
-        config = TcpConfig(mem_max=MEMORY)
+        config = TcpConfig(mem_low=2 * MEMORY, mem_pressure=2 * MEMORY, mem_high=2 * MEMORY)
         self.network = Network(1, features=features, ring=ring, memory=MEMORY, pool=pool, tcp=config)
         self.world = self.network.world
         ours = self.network.client

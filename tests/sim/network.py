@@ -86,6 +86,11 @@ class Network:
 def left_behind(stack: Stack) -> list[str]:
     """What a closed stack still holds: must be nothing."""
     found = [f"{account.name}: {account.bytes} bytes" for account in stack.accounts() if account.bytes]
+    found += [
+        f"{name}: {mem.allocated} pages, {mem.sockets} sockets"
+        for name, mem in (("tcp_mem", stack.tcp.mem), ("udp_mem", stack.udp.mem))
+        if mem.allocated or mem.sockets
+    ]
     if stack.env.memory.live:
         found.append(f"{stack.env.memory.live} skbs")
     return found

@@ -23,9 +23,9 @@ COUNTS: Final = {
 SECONDS: Final = {"fin_timeout": "fin_timeout", "keepalive_time": "keepalive_time", "keepalive_intvl": "keepalive_intvl"}
 TRIPLES: Final = {
     "rmem": ("rmem_min", "rmem_default", "rmem_max"),
-    "wmem": ("", "wmem_default", "wmem_max"),
+    "wmem": ("wmem_min", "wmem_default", "wmem_max"),
 }
-"""Hints, and the fields of TcpConfig that they set ("": we have none)."""
+"""Hints, and the fields of TcpConfig that they set."""
 
 TRUESIZE: Final = 2
 """Bytes of truesize for a byte of `rcvbuf` or `sndbuf`, which mean data: the allowance that SO_RCVBUF makes (socket(7))."""
@@ -63,8 +63,7 @@ def _apply_hint(config: TcpConfig, name: str, value: Any) -> bool:
         setattr(config, SECONDS[name], float(value))
     elif name in TRIPLES:
         for field, number in zip(TRIPLES[name], [int(each) for each in value], strict=True):
-            if field:
-                setattr(config, field, number)
+            setattr(config, field, number)
     elif name == "rcvbuf":
         config.rmem_default = TRUESIZE * int(value)
         config.rmem_max = max(config.rmem_max, config.rmem_default)

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from ustack.cli.control import call, control_option
+
+SKMEM: Final = {
+    "r": "rmem_alloc",
+    "rb": "rcvbuf",
+    "t": "wmem_alloc",
+    "tb": "sndbuf",
+    "f": "fwd_alloc",
+    "w": "wmem_queued",
+    "o": "optmem",
+    "bl": "backlog",
+    "d": "drops",
+}
+"""The figures of -m, in the order and with the letters of ss(8)."""
 
 
 @click.command()
@@ -71,7 +84,8 @@ def _address(address: list[Any] | None) -> str:
 
 
 def _memory(memory: dict[str, Any]) -> str:
-    text = f"skmem:(r{memory['rmem_alloc']},rb{memory['rcvbuf']},t{memory['wmem_alloc']},tb{memory['sndbuf']})"
+    text = ",".join(f"{letter}{memory[name]}" for letter, name in SKMEM.items())
+    text = f"skmem:({text})"
     return f"{text} memalloc" if memory["memalloc"] else text
 
 

@@ -46,5 +46,15 @@ def _print_memory(memory: dict[str, Any]) -> None:
         f"    reserve: {reserve['free']} of {reserve['size']} bytes free, never below {reserve['low_water']};"
         f" {reserve['memalloc_sockets']} memalloc sockets"
     )
+    for name in ("tcp", "udp"):
+        click.echo(f"    {_protocol(name, memory[name])}")
     for owner, nbytes in memory["by_owner"].items():
         click.echo(f"    {owner}: {nbytes}")
+
+
+def _protocol(name: str, memory: dict[str, Any]) -> str:
+    """A line like those of /proc/net/sockstat, with the limits."""
+    states = "".join(f", {memory[state]} {state}" for state in ("orphan", "tw") if memory.get(state))
+    pressure = ", under pressure" if memory.get("under_pressure") else ""
+    limits = "/".join(map(str, memory["limits"]))
+    return f"{name}: {memory['inuse']} sockets{states}, {memory['mem']} pages of {limits}{pressure}"

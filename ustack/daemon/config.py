@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
 
 from pydantic import BeforeValidator, Field, create_model
@@ -20,6 +21,7 @@ from ustack.daemon.size import EXAMPLES
 from ustack.nbd.uri import NbdUri
 from ustack.net.interface import check_host
 from ustack.transport.tcp.config import TcpConfig
+from ustack.transport.udp import UdpConfig
 
 if TYPE_CHECKING:
     import os
@@ -200,38 +202,50 @@ class Service(Section):
     """TCP port 19: bytes without end (RFC 864)."""
 
 
-def _tcp_section() -> type[Section]:
-    """A section with the fields and defaults of `TcpConfig`, whose docstrings are the documentation."""
-    hints = get_type_hints(TcpConfig)
+def _section_of(settings: type, name: str, doc: str) -> type[Section]:
+    """A section with the fields and defaults of the dataclass `settings`, whose docstrings are the documentation."""
+    hints = get_type_hints(settings)
     definitions: dict[str, Any] = {}
-    for field in fields(TcpConfig):
+    for field in fields(settings):
         assert field.default is not MISSING
         kind: Any = hints[field.name]
         if kind is bool:
             pass
         elif "mem_" in field.name:
             kind = Annotated[int, BeforeValidator(as_size), Field(ge=bool(field.default))]  # 0 stays 0: by the memory
+        elif kind is float:
+            kind = Annotated[float, Field(gt=0, allow_inf_nan=False)]
         else:
             kind = Annotated[kind, Field(gt=0)]
         definitions[field.name] = (kind, field.default)
-    section: type[Section] = create_model("Tcp", __base__=Section, __doc__="Limits and times of TCP.", **definitions)
+    section: type[Section] = create_model(name, __base__=Section, __doc__=doc, **definitions)
     return section
 
 
 if TYPE_CHECKING:
     Tcp = Section
+    Udp = Section
 else:
-    Tcp = _tcp_section()
+    Tcp = _section_of(TcpConfig, "Tcp", "Limits and times of TCP.")
+    Udp = _section_of(UdpConfig, "Udp", "Limits of UDP.")
+
+ASCENDING: Final = (
+    ("rmem_min", "rmem_default", "rmem_max"),
+    ("wmem_min", "wmem_default", "wmem_max"),
+    ("mem_low", "mem_pressure", "mem_high"),
+)
+"""Limits of [tcp] and [udp] none of which may be more than the next, as far as a section has them and they are not 0."""
 
 
 class Config(Section):
-    """A whole configuration file. `tcp` has the fields of `TcpConfig`."""
+    """A whole configuration file. `tcp` has the fields of `TcpConfig`, `udp` those of `UdpConfig`."""
 
     device: Device
     address: Annotated[list[Address], Field(min_length=1, max_length=1)]
     route: list[Route] = []  # noqa: RUF012 (pydantic copies it)
     memory: Memory = Memory()
     tcp: Tcp = Tcp()
+    udp: Udp = Udp()
     nbd: list[Nbd] = []  # noqa: RUF012
     control: Control = Control()
     service: Service = Service()
@@ -239,6 +253,10 @@ class Config(Section):
     def tcp_config(self) -> TcpConfig:
         """The section `tcp` as the stack takes it."""
         return TcpConfig(**self.tcp.model_dump())
+
+    def udp_config(self) -> UdpConfig:
+        """The section `udp` as the stack takes it."""
+        return UdpConfig(**self.udp.model_dump())
 
     def reserve_bytes(self) -> int | None:
         """The reserve in bytes; None for `auto`."""
@@ -280,6 +298,23 @@ def _contradictions(config: Config) -> Iterator[str]:
     reserve = config.reserve_bytes()
     if reserve is not None and reserve > config.memory.size - PAGE_SIZE:
         yield f"[memory] reserve = {reserve}: allowed is less than the whole memory, {config.memory.size}"
+    yield from _descents("tcp", config.tcp)
+    yield from _descents("udp", config.udp)
+
+
+def _descents(name: str, section: Section) -> Iterator[str]:
+    """Limits of `section` that are not in the order in which they come into force. What the file says is blamed, not what is a
+    default.
+    """
+    for limits in ASCENDING:
+        values = {key: getattr(section, key) for key in limits if getattr(section, key, 0)}
+        for (lower, least), (upper, most) in pairwise(values.items()):
+            if least <= most:
+                continue
+            if upper in section.model_fields_set:
+                yield f"[{name}] {upper} = {most}: allowed is at least {lower}, {least}"
+            else:
+                yield f"[{name}] {lower} = {least}: allowed is at most {upper}, {most}"
 
 
 def _neighbour(ours: IPv4Interface, router: str) -> bool:
@@ -296,6 +331,7 @@ SECTIONS: Final[dict[str, type[Section]]] = {
     "route": Route,
     "memory": Memory,
     "tcp": Tcp,
+    "udp": Udp,
     "nbd": Nbd,
     "control": Control,
     "service": Service,

@@ -103,6 +103,7 @@ class Daemon:
                 reserve=config.reserve_bytes(),
                 lock_memory=memory.lock,
                 tcp=config.tcp_config(),
+                udp=config.udp_config(),
             )
         except OSError as error:
             if memory.lock and error.errno in (errno.ENOMEM, errno.EPERM):
@@ -244,12 +245,17 @@ _HINTS: Final = {
 """What the errors of opening a TAP mean."""
 
 
+MEM_KEYS: Final = ["rmem_min", "wmem_min", "mem_low", "mem_pressure", "mem_high"]
+"""Keys of [tcp] that are about all connections together."""
+
+
 def _fixed_changes(old: Config, new: Config) -> Iterator[str]:
     """What has changed in the file that cannot change while the daemon runs."""
     for section, keys in (
         ("device", list(type(old.device).model_fields)),
         ("memory", ["pool", "size", "lock"]),
-        ("tcp", ["mem_max"]),
+        ("tcp", MEM_KEYS),
+        ("udp", list(type(old.udp).model_fields)),
         ("control", list(type(old.control).model_fields)),
     ):
         before, after = getattr(old, section), getattr(new, section)

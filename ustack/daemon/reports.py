@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from pools.arena import PAGE_SHIFT
 from ustack.net.neighbour import STATE_NAMES
 from ustack.transport.tcp.connection import Connection
-from ustack.transport.udp import RCVBUF_DEFAULT
 
 if TYPE_CHECKING:
+    from ustack.mem.protocol import ProtocolMemory
+    from ustack.mem.socket import SocketMemory
     from ustack.stack import Stack
+    from ustack.transport.tcp.protocol import Tcp
     from ustack.transport.tcp.timewait import TimeWait
 
 
@@ -46,6 +48,8 @@ def memory(stack: Stack) -> dict[str, Any]:
         "largest_free_order": pages.largest_free_order(),
         "by_owner": {name: count << PAGE_SHIFT for name, count in pages.pages_by_owner().items() if count},
         "charged": charges(stack),
+        "tcp": _tcp_memory(stack.tcp),
+        "udp": _protocol_memory(stack.udp.mem),
         "reserve": {
             "size": pages.min_pages << PAGE_SHIFT,
             "free": min(pages.free_pages, pages.min_pages) << PAGE_SHIFT,
@@ -64,6 +68,22 @@ def memory(stack: Stack) -> dict[str, Any]:
             "frees": stats.frees,
             "failures": stats.failures,
         },
+    }
+
+
+def _protocol_memory(mem: ProtocolMemory) -> dict[str, Any]:
+    """What all sockets of a protocol hold, in pages as everywhere in Linux, and the limits (tcp_mem, udp_mem)."""
+    return {"inuse": mem.sockets, "mem": mem.allocated, "mem_peak": mem.peak, "limits": [mem.low, mem.pressure, mem.high]}
+
+
+def _tcp_memory(tcp: Tcp) -> dict[str, Any]:
+    """The line TCP of /proc/net/sockstat, and more."""
+    connections = [each for each in tcp.connections.values() if isinstance(each, Connection)]
+    return {
+        **_protocol_memory(tcp.mem),
+        "orphan": sum(each.orphan for each in connections),
+        "tw": len(tcp.connections) - len(connections),
+        "under_pressure": tcp.mem.under_pressure(),
     }
 
 
@@ -135,13 +155,9 @@ def sockets(stack: Stack) -> list[dict[str, Any]]:
                 "send_q": 0,
                 "local": [_text(host), port],
                 "peer": None if each.remote is None else [_text(each.remote[0]), each.remote[1]],
-                "memory": {
-                    "rmem_alloc": each.account.bytes,
-                    "rcvbuf": each.options.rcvbuf or RCVBUF_DEFAULT,
-                    "wmem_alloc": 0,
-                    "sndbuf": 0,
-                    "memalloc": each.options.memalloc,
-                },
+                "memory": _socket_memory(
+                    each.charges, each.rcvbuf, each.options.sndbuf or stack.udp.config.wmem_default, each.options.memalloc
+                ),
             }
         )
     return found
@@ -161,13 +177,7 @@ def _connection(conn: Connection) -> dict[str, Any]:
         "send_q": max(conn.send_queue.end - conn.snd_una, 0) if conn.synchronized else 0,
         "local": [_text(conn.local[0]), conn.local[1]],
         "peer": [_text(conn.remote[0]), conn.remote[1]],
-        "memory": {
-            "rmem_alloc": queues.truesize,
-            "rcvbuf": conn.rcvbuf,
-            "wmem_alloc": conn.send_queue.account.bytes,
-            "sndbuf": conn.sndbuf,
-            "memalloc": conn.memalloc,
-        },
+        "memory": _socket_memory(conn.charges, conn.rcvbuf, conn.sndbuf, conn.memalloc),
         "tcp": {
             "timestamps": conn.ts_ok,
             "sack": conn.sack_ok,
@@ -188,6 +198,22 @@ def _connection(conn: Connection) -> dict[str, Any]:
             "unacked": conn.snd_nxt - conn.snd_una,
             "lost": conn.inflight.lost,
         },
+    }
+
+
+def _socket_memory(charges: SocketMemory, rcvbuf: int, sndbuf: int, memalloc: bool) -> dict[str, Any]:
+    """What `ss -m` shows (SK_MEMINFO). Nothing of a socket waits below it, there are no ancillary buffers and no backlog."""
+    return {
+        "rmem_alloc": charges.rmem_alloc,
+        "rcvbuf": rcvbuf,
+        "wmem_alloc": 0,
+        "sndbuf": sndbuf,
+        "fwd_alloc": charges.forward_alloc,
+        "wmem_queued": charges.send.bytes,
+        "optmem": 0,
+        "backlog": 0,
+        "drops": charges.drops,
+        "memalloc": memalloc,
     }
 
 

@@ -46,8 +46,9 @@ REQUESTS: Final = 16
 SMALL_MEMORY: Final = 8 << 20
 """Bytes of packet memory in the pressure part: little, so that it is soon full."""
 
-NO_TCP_MEM: Final = TcpConfig(mem_max=SMALL_MEMORY)
-"""The limit of all connections together (tcp_mem), so high that it protects nobody, as on a machine that is short of memory."""
+NO_TCP_MEM: Final = TcpConfig(mem_low=2 * SMALL_MEMORY, mem_pressure=2 * SMALL_MEMORY, mem_high=2 * SMALL_MEMORY)
+"""The limits of all connections together (tcp_mem), so high that they protect nobody, as on a machine that is short of
+memory."""
 
 CROWD: Final = 150
 """Connections that nobody reads from: more than twice what the small memory holds at their receive limit."""

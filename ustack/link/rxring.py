@@ -80,6 +80,10 @@ class RxFrame:
         """
         return self.ring.keep(offset, length, gfp)
 
+    def truesize(self, offset: int, length: int) -> int:
+        """About the truesize of what `keep` would make of these bytes, so that it can be decided beforehand."""
+        return self.ring.truesize(offset, length)
+
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class RxRing(ABC):
@@ -109,6 +113,10 @@ class RxRing(ABC):
     @abstractmethod
     def keep(self, offset: int, length: int, gfp: int) -> Skb | None:
         """See `RxFrame.keep`."""
+
+    @abstractmethod
+    def truesize(self, offset: int, length: int) -> int:
+        """See `RxFrame.truesize`."""
 
     @abstractmethod
     def close(self) -> None:
@@ -210,6 +218,16 @@ class PagedRing(RxRing):
         skb.pfmemalloc |= pfmemalloc
         return skb
 
+    def truesize(self, offset: int, length: int) -> int:
+        """Pages for what lies in them, a buffer rounded up to a power of two for the rest, and a head."""
+        head = self.memory.pool.head_charge
+        split = self._size - offset
+        if length <= split:
+            return (1 << (length - 1).bit_length()) + head
+        first = max(-split, 0) >> PAGE_SHIFT
+        last = (length - split + PAGE_MASK) >> PAGE_SHIFT
+        return ((last - first) << PAGE_SHIFT) + (1 << max(split - 1, 0).bit_length()) + head
+
     def close(self) -> None:
         """Give all posted memory back."""
         memory = self.memory
@@ -287,6 +305,11 @@ class LinearRing(RxRing):
         self._posted.popleft()
         self._aimed = NULL
         return skb
+
+    def truesize(self, offset: int, length: int) -> int:
+        """The whole buffer, however little of it the frame fills, and a head."""
+        pool = self.memory.pool
+        return pool.charge(self._posted[0][0], self.max_frame) + pool.head_charge
 
     def close(self) -> None:
         """Give all posted memory back."""

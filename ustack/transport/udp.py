@@ -13,10 +13,13 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pools.gfp import ATOMIC, MEMALLOC
 from ustack.drops import DropReason
+from ustack.mem.protocol import ProtocolMemory, limits_for, pages_of
+from ustack.mem.socket import SocketMemory
 from ustack.skb import Account
 from ustack.transport.events import READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
 from ustack.transport.options import SocketOptions
@@ -41,8 +44,8 @@ ANY: Final = bytes(4)
 PAYLOAD_MAX: Final = ipv4.TOTAL_MAX - ipv4.HEADER_LEN - udp.HEADER_LEN
 """Bytes of the largest datagram."""
 
-RCVBUF_DEFAULT: Final = 212992
-"""Receive limit in bytes of truesize (net.core.rmem_default)."""
+UDP_EIGHTHS: Final = 3
+"""Eighths of the arena, without its watermarks, that are `high` of all UDP sockets together; see `UdpConfig.mem_high`."""
 
 _ERRNO_OF_UNREACHABLE: Final = {
     icmp.ICMP_PROT_UNREACH: errno.ENOPROTOOPT,
@@ -56,15 +59,46 @@ def _error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
+@dataclass(slots=True)
+class UdpConfig:
+    """One stack's UDP settings. Names are those of Linux sysctls (net.ipv4.udp_*, net.core.*) where there is one."""
+
+    rmem_min: int = 4096
+    """Bytes of truesize that a socket may receive even when all sockets together are over their limit (udp_rmem_min)."""
+    rmem_default: int = 212992
+    """Receive limit in bytes of truesize (net.core.rmem_default)."""
+    wmem_default: int = 212992
+    """Send limit in bytes of truesize, as SO_SNDBUF says it (net.core.wmem_default). Datagrams are sent from the caller's
+    buffer and never queued: nothing is ever charged to it.
+    """
+    mem_low: int = 0
+    """Bytes of truesize that all sockets together may hold (udp_mem[0], which counts pages): UDP knows no pressure, so beyond
+    that a socket gets no more than `rmem_min`, as in Linux; 0: half of `mem_high`.
+    """
+    mem_pressure: int = 0
+    """Means nothing for UDP, and follows the format of tcp_mem (udp_mem[1]); 0: two thirds of `mem_high`."""
+    mem_high: int = 0
+    """Where `mem_low` comes from unless it is set (udp_mem[2]); 0: three eighths of the arena, without what its watermarks keep
+    free.
+    """
+
+    def mem_pages(self) -> tuple[int, int, int]:
+        """`mem_low`, `mem_pressure` and `mem_high` in pages."""
+        return pages_of(self.mem_low), pages_of(self.mem_pressure), pages_of(self.mem_high)
+
+
 class Udp:
-    """UDP of one stack. All receive queues are charged to `account`."""
+    """UDP of one stack. All receive queues are charged to `account`, and by pages to `mem`, which knows no pressure."""
 
-    __slots__ = ("_drops", "_mib", "_pending", "_ports", "account", "env", "ipv4")
+    __slots__ = ("_drops", "_mib", "_pending", "_ports", "account", "config", "env", "ipv4", "mem")
 
-    def __init__(self, env: Env, ipv4_layer: Ipv4) -> None:
+    def __init__(self, env: Env, ipv4_layer: Ipv4, config: UdpConfig | None = None) -> None:
         self.env = env
         self.ipv4 = ipv4_layer
+        self.config = config = config or UdpConfig()
         self.account = Account("udp receive")
+        pages = env.memory.pages
+        self.mem = ProtocolMemory(pages, limits_for(pages, config.mem_pages(), UDP_EIGHTHS), config.rmem_min, config.rmem_min)
         self._drops = env.drops
         self._mib = env.mib
         self._ports: dict[int, list[UdpSocket]] = {}  # by local port; the one bound last comes last
@@ -172,6 +206,7 @@ class Udp:
         else:
             port = self._ephemeral_port()
         self._ports.setdefault(port, []).append(socket)
+        socket.charges.join()
         return port
 
     def _is_free(self, socket: UdpSocket, address: bytes, port: int) -> bool:
@@ -195,13 +230,14 @@ class Udp:
         sockets.remove(socket)
         if not sockets:
             del self._ports[port]
+        socket.charges.leave()
 
 
 class UdpSocket:
     """A UDP socket; made by `Udp.socket`. `bound` is the address and `port` the port that it is bound to, ANY and 0 before.
 
-    `remote` is the peer of a connected socket. `account` has the truesize of what waits to be received. `wake` may be set at
-    any time; `wake_mask` is what it will be called with at the next flush.
+    `remote` is the peer of a connected socket. `account` has the truesize of what waits to be received, `charges` the
+    pages that it takes. `wake` may be set at any time; `wake_mask` is what it will be called with at the next flush.
     """
 
     __slots__ = (
@@ -214,6 +250,7 @@ class UdpSocket:
         "_udp",
         "account",
         "bound",
+        "charges",
         "closed",
         "options",
         "port",
@@ -229,7 +266,8 @@ class UdpSocket:
         self.remote: Address | None = None
         self.wake: Callable[[int], None] = nobody
         self.wake_mask = 0
-        self.account = Account("udp receive", protocol.account)
+        self.charges = SocketMemory(protocol.mem, protocol.account, None, None)
+        self.account = self.charges.receive
         self.closed = False
         self._udp = protocol
         self._drops = protocol.env.drops
@@ -351,18 +389,26 @@ class UdpSocket:
         if frame.pfmemalloc and not options.memalloc:
             self._drops.count(DropReason.PFMEMALLOC)
             return None
-        if self.account.bytes > (options.rcvbuf or RCVBUF_DEFAULT):
+        if self.account.bytes > self.rcvbuf:
             self._mib.UdpRcvbufErrors += 1
-            self._drops.count(DropReason.SOCKET_RCVBUFF)
+            self._refuse(DropReason.SOCKET_RCVBUFF)
+            return None
+        truesize = frame.truesize(packet.l4, length) if twin is None else twin.truesize
+        charges = self.charges
+        if truesize > charges.forward_alloc and not charges.rmem_schedule(truesize, options.memalloc):
+            self._mib.UdpMemErrors += 1
+            self._refuse(DropReason.PROTO_MEM)
             return None
         gfp = MEMALLOC if options.memalloc else ATOMIC
         skb = self._udp.env.memory.clone(twin, gfp) if twin is not None else frame.keep(packet.l4, length, gfp)
         if skb is None:
-            self._drops.count(DropReason.NOMEM)
+            charges.reclaim()
+            self._refuse(DropReason.NOMEM)
             return None
         if skb.pfmemalloc and not options.memalloc:
             self._drops.count(DropReason.PFMEMALLOC)
             skb.free()
+            charges.reclaim()
             return None
         if twin is None:
             skb.pull(udp.HEADER_LEN)
@@ -371,6 +417,17 @@ class UdpSocket:
         self._queue.append(skb)
         self.notify(READABLE)
         return skb
+
+    @property
+    def rcvbuf(self) -> int:
+        """Receive limit in bytes of truesize."""
+        return self.options.rcvbuf or self._udp.config.rmem_default
+
+    def _refuse(self, reason: DropReason) -> None:
+        """A datagram found its socket, and no room there (udp_queue_rcv_skb)."""
+        self.charges.drops += 1
+        self._mib.UdpInErrors += 1
+        self._drops.count(reason)
 
     def recvfrom_nowait(self, limit: int, *, peek: bool = False) -> tuple[bytes, Address]:
         """Take the oldest datagram, cut to `limit` bytes, and its sender; with `peek` it stays queued.

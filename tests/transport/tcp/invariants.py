@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pools.arena import PAGE_SHIFT, PAGE_SIZE
 from ustack.transport.tcp.connection import Connection
 from ustack.transport.tcp.states import State
 
@@ -21,6 +22,8 @@ class Watch:
     def check(self) -> None:
         """Raises `AssertionError` for a connection that is in a state that cannot be."""
         tcp = self.stack.tcp
+        charged = tcp.receive_account.bytes + tcp.ofo_account.bytes + tcp.send_account.bytes
+        assert (tcp.mem.allocated << PAGE_SHIFT) - charged >= 0, "more is charged than pages were taken"
         connections = [conn for conn in tcp.connections.values() if isinstance(conn, Connection)]
         for conn in connections:
             check_connection(conn)
@@ -63,6 +66,9 @@ def check_connection(conn: Connection) -> None:
     assert conn.rcv_wup <= conn.rcv_nxt
     assert conn.fin_seq < 0 or conn.fin_seq >= conn.rcv_nxt - 1
     queue = conn.receive_queue
+    charges = conn.charges
+    assert 0 <= charges.forward_alloc < 2 * PAGE_SIZE + conn.adv_mss
+    assert (charges.rmem_alloc + charges.send.bytes + charges.forward_alloc) % PAGE_SIZE == 0
     assert queue.account.bytes == sum(skb.truesize for skb in queue.queue)
     assert queue.ofo_account.bytes == sum(skb.truesize for skb in queue.ofo)
     at = conn.rcv_nxt

@@ -219,7 +219,7 @@ def test_a_hostile_peer_and_a_careless_user(seed: int, zeroes: None) -> None:
     config = TcpConfig(
         sack=random.random() < 0.8,
         timestamps=random.random() < 0.8,
-        mem_max=random.choice((0, 0, 100_000)),
+        mem_high=random.choice((0, 0, 100_000)),
         max_tw_buckets=random.choice((2, 1000)),
     )
     ring = PagedRing if features else random.choice((PagedRing, LinearRing))

@@ -67,7 +67,7 @@ def test_data_that_finds_no_memory_is_dropped_and_taken_when_it_comes_again(make
 
 def test_over_the_limit_of_all_connections_only_the_minimum_is_received(make_peer: Callable[..., Peer]) -> None:
     """tcp_mem and tcp_rmem[0]."""
-    peer = make_peer(config=TcpConfig(mem_max=65536))
+    peer = make_peer(config=TcpConfig(mem_high=65536))
     user = peer.connects()
     for _ in range(60):
         peer.sends(ACK, length=1460)
@@ -81,7 +81,7 @@ def test_over_the_limit_of_all_connections_only_the_minimum_is_received(make_pee
 
 
 def test_over_the_limit_a_memalloc_socket_goes_on(make_peer: Callable[..., Peer]) -> None:
-    peer = make_peer(config=TcpConfig(mem_max=16384))
+    peer = make_peer(config=TcpConfig(mem_high=16384))
     user = peer.connects(memalloc=True)
     for _ in range(20):
         peer.sends(ACK, length=1460)

@@ -15,6 +15,8 @@ from pools.gfp import ATOMIC
 from pools.kmalloc import KmallocPool
 from tests import leaks
 from ustack.link.rxring import LinearRing, PagedRing
+from ustack.mem.protocol import ProtocolMemory
+from ustack.mem.socket import SocketMemory
 from ustack.skb import Account, SkbMemory
 from ustack.transport.tcp.receive_queue import ReceiveQueue
 from ustack.transport.tcp.send_queue import SendQueue
@@ -34,13 +36,26 @@ def make_memory(pages: int = 1024) -> SkbMemory:
     return memory
 
 
+def make_charges(memory: SkbMemory) -> SocketMemory:
+    """A socket of a protocol without limits."""
+    protocol = ProtocolMemory(memory.pages, (1 << 30, 1 << 30, 1 << 30), 4096, 4096, lambda _: None)
+    charges = SocketMemory(protocol, Account("receive"), Account("out of order"), Account("send"))
+
+    def findings() -> list[str]:
+        charges.leave()
+        return [f"{protocol.allocated} pages, {charges.forward_alloc} bytes"] if protocol.allocated else []
+
+    leaks.watch(findings)
+    return charges
+
+
 class Arrivals:
     """A receive queue and the ring from which it is filled; the stream begins at 0."""
 
     def __init__(self, ring: Callable[[SkbMemory, int], RxRing] = PagedRing, pages: int = 1024) -> None:
         self.memory = make_memory(pages)
         self.ring = ring(self.memory, 1514)
-        self.queue = ReceiveQueue(self.memory, Account("in order"), Account("out of order"), 0)
+        self.queue = ReceiveQueue(self.memory, make_charges(self.memory), 0)
         self.rcv_nxt = 0
 
     def arrive(self, seq: int, end: int) -> bool | None:
@@ -150,7 +165,7 @@ def test_giving_up_out_of_order_data_gives_its_charge_back() -> None:
     arrivals = Arrivals()
     for seq in range(100, 3000, 200):
         arrivals.arrive(seq, seq + 100)
-    assert arrivals.queue.prune_out_of_order() == 15
+    assert arrivals.queue.prune_out_of_order(0, 1 << 20) == 15
     assert arrivals.queue.ofo_account.bytes == 0
     assert arrivals.queue.sack_blocks(4) == []
     arrivals.close()
@@ -183,8 +198,9 @@ def test_without_memory_nothing_is_kept_and_nothing_charged() -> None:
 )
 def test_any_part_of_what_was_written_can_be_sent(writes: list[int], looks: list[tuple[float, int]], acks: list[float]) -> None:
     memory = make_memory()
-    account = Account("send")
-    queue = SendQueue(memory, account, 1000)
+    charges = make_charges(memory)
+    account = charges.send
+    queue = SendQueue(memory, charges, 1000)
     written = una = 0
     for number, length in enumerate(writes):
         taken = queue.append(memoryview(STREAM)[written : min(written + length, len(STREAM))], 1 << 20, ATOMIC)
@@ -208,8 +224,9 @@ def test_any_part_of_what_was_written_can_be_sent(writes: list[int], looks: list
 
 def test_the_send_limit_is_by_truesize() -> None:
     memory = make_memory()
-    account = Account("send")
-    queue = SendQueue(memory, account, 0)
+    charges = make_charges(memory)
+    account = charges.send
+    queue = SendQueue(memory, charges, 0)
     taken = queue.append(memoryview(bytes(1 << 20)), 100_000, ATOMIC)
     assert 0 < taken < 1 << 20
     assert 100_000 <= account.bytes <= 100_000 + 70_000
@@ -220,8 +237,9 @@ def test_the_send_limit_is_by_truesize() -> None:
 
 def test_small_writes_share_a_buffer() -> None:
     memory = make_memory()
-    account = Account("send")
-    queue = SendQueue(memory, account, 0)
+    charges = make_charges(memory)
+    account = charges.send
+    queue = SendQueue(memory, charges, 0)
     for _ in range(400):
         assert queue.append(memoryview(b"x"), 1 << 20, ATOMIC) == 1
     assert account.bytes < 2048
@@ -230,7 +248,7 @@ def test_small_writes_share_a_buffer() -> None:
 
 def test_without_memory_only_part_is_taken() -> None:
     memory = make_memory(pages=64)
-    queue = SendQueue(memory, Account("send"), 0)
+    queue = SendQueue(memory, make_charges(memory), 0)
     taken = queue.append(memoryview(STREAM), 1 << 30, ATOMIC)
     assert taken <= 64 * 4096
     more = queue.append(memoryview(bytes(1 << 20)), 1 << 30, ATOMIC)

@@ -119,6 +119,9 @@ def _ask_for_output(conn: Connection, wanted: bool) -> None:
 
 def _grow_send_limit(conn: Connection) -> None:
     """Let the send queue hold twice the congestion window (tcp_sndbuf_expand)."""
+    mem = conn.tcp.mem
+    if not conn.options.memalloc and (mem.under_pressure() or mem.allocated >= mem.low):
+        return  # tcp_should_expand_sndbuf
     wanted = min(2 * conn.cc.cwnd + (conn.cc.cwnd >> 1), conn.tcp.config.wmem_max)
     conn.sndbuf = max(conn.sndbuf, wanted)
 

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ustack.mem.protocol import pages_of
+
 
 @dataclass(slots=True)
 class TcpConfig:
     """One stack's TCP settings. Names are those of Linux sysctls (net.ipv4.tcp_*) where there is one."""
 
     rmem_min: int = 4096
-    """Bytes of truesize that a socket may receive even when all connections together are over `mem_max` (tcp_rmem[0])."""
+    """Bytes of truesize that a socket may receive even when all connections together are over `mem_high` (tcp_rmem[0])."""
     rmem_default: int = 131072
     """Initial receive limit in bytes of truesize (tcp_rmem[1])."""
     rmem_max: int = 6 << 20
     """Receive limit in bytes up to which autotuning goes (tcp_rmem[2])."""
+    wmem_min: int = 4096
+    """Bytes of truesize that a socket may queue to send even when all connections together are over `mem_high`
+    (tcp_wmem[0]).
+    """
     wmem_default: int = 65536
     """Initial send limit in bytes of truesize; Linux starts with 16384 and grows at once to what the initial window needs."""
     wmem_max: int = 4 << 20
     """Send limit in bytes up to which autotuning goes (tcp_wmem[2])."""
-    mem_max: int = 0
-    """Bytes of truesize that all connections together may hold (tcp_mem[2], which counts pages); 0: three quarters of the
-    arena.
+    mem_low: int = 0
+    """Bytes of truesize that all connections together hold when pressure ends (tcp_mem[0], which counts pages); 0: half of
+    `mem_high`.
+    """
+    mem_pressure: int = 0
+    """Bytes of truesize above which all connections together are under pressure (tcp_mem[1]); 0: two thirds of `mem_high`."""
+    mem_high: int = 0
+    """Bytes of truesize that all connections together may hold (tcp_mem[2]); 0: three quarters of the arena, without what its
+    watermarks keep free.
     """
     syn_retries: int = 6
     """Retransmissions of a SYN before connecting fails with ETIMEDOUT: about 127 s (tcp_syn_retries)."""
@@ -78,3 +90,7 @@ class TcpConfig:
     """Offer and accept window scaling (tcp_window_scaling; RFC 7323)."""
     offload: bool = True
     """Send super-frames of up to 64 KiB where the device cuts them."""
+
+    def mem_pages(self) -> tuple[int, int, int]:
+        """`mem_low`, `mem_pressure` and `mem_high` in pages."""
+        return pages_of(self.mem_low), pages_of(self.mem_pressure), pages_of(self.mem_high)

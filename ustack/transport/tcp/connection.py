@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from pools.gfp import ATOMIC, MEMALLOC
 from ustack.link.device import ETH_HLEN
-from ustack.skb import Account
+from ustack.mem.socket import SOCK_MIN_SNDBUF, SocketMemory
 from ustack.timers import Timer
 from ustack.transport.events import ORPHAN, READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
 from ustack.transport.tcp import output, timers
@@ -56,6 +56,7 @@ class Connection:
         "ack_due",
         "adv_mss",
         "cc",
+        "charges",
         "deferred",
         "delack_timer",
         "error",
@@ -89,6 +90,7 @@ class Connection:
         "rcv_mss",
         "rcv_nxt",
         "rcv_rtt",
+        "rcv_ssthresh",
         "rcv_wscale",
         "rcv_wup",
         "rcvbuf",
@@ -190,6 +192,7 @@ class Connection:
         self.stalled_at = now
         self.rcv_mss = 536
         self.win_ratio = RATIO_INITIAL
+        self.rcv_ssthresh = output.WINDOW_UNCLAMPED
         self.rcvbuf = options.rcvbuf or config.rmem_default
         self.sndbuf = options.sndbuf or config.wmem_default
         self.rcvq_space = config.initial_window * 536
@@ -204,10 +207,9 @@ class Connection:
         self.retries = 0
         self.probes = 0
         self.persist_shift = 0
-        self.send_queue = SendQueue(env.memory, Account("send", tcp.send_account), self.iss + 1)
-        self.receive_queue = ReceiveQueue(
-            env.memory, Account("receive", tcp.receive_account), Account("out of order", tcp.ofo_account), 0
-        )
+        self.charges = SocketMemory(tcp.mem, tcp.receive_account, tcp.ofo_account, tcp.send_account)
+        self.send_queue = SendQueue(env.memory, self.charges, self.iss + 1)
+        self.receive_queue = ReceiveQueue(env.memory, self.charges, 0)
         self.retransmit_timer = Timer(lambda: timers.on_retransmit_timer(self))
         self.delack_timer = Timer(lambda: timers.on_delack_timer(self))
         self.keepalive_timer = Timer(lambda: timers.on_keepalive_timer(self))
@@ -233,6 +235,10 @@ class Connection:
     def gfp(self) -> int:
         """What this connection's allocations may do."""
         return MEMALLOC if self.options.memalloc else ATOMIC
+
+    def under_pressure(self) -> bool:
+        """Whether the connection is to hold back, because memory is short and it is an ordinary one."""
+        return not self.options.memalloc and self.tcp.mem.under_pressure()
 
     # -- state --
 
@@ -287,7 +293,6 @@ class Connection:
         if not view:
             return 0
         queue = self.send_queue
-        short = self.tcp.over_limit and not self.options.memalloc and queue.account.bytes > 0
         lowat = self.options.notsent_lowat
         if lowat:
             # Whole transmissions until the mark is passed, as sendmsg(2) asks for each skb whether there is room.
@@ -295,7 +300,7 @@ class Connection:
             part = view[: max(-(-room // queue.goal) * queue.goal, 0)]
         else:
             part = view
-        taken = 0 if short or not part else queue.append(part, self.sndbuf, self.gfp)
+        taken = queue.append(part, self.sndbuf, self.gfp) if part else 0
         if taken:
             complete = taken == len(view)
             if more and complete:
@@ -305,11 +310,20 @@ class Connection:
             if complete:
                 return taken
         self.write_blocked = True
-        if queue.account.bytes < self.sndbuf:
+        if taken < len(part) and queue.account.bytes < self.sndbuf:
+            self._moderate_send_limit()
             self.tcp.wait_for_memory(self)
         if not taken:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return taken
+
+    def _moderate_send_limit(self) -> None:
+        """There was no memory below the send limit: pressure begins, and the limit comes down to half of what is queued
+        (sk_stream_moderate_sndbuf). It grows again with what is acknowledged.
+        """
+        self.tcp.mem.enter_pressure()
+        if not self.options.sndbuf:
+            self.sndbuf = max(min(self.sndbuf, self.send_queue.account.bytes >> 1), SOCK_MIN_SNDBUF)
 
     @property
     def writable(self) -> bool:
@@ -415,6 +429,7 @@ class Connection:
         self.shutdown_mask |= SHUT_RD | ORPHAN
         if self.state is State.CLOSE:
             self.send_queue.clear()
+            self.charges.reclaim()
             return
         if self.state is State.SYN_SENT:
             self.fail(0)
@@ -429,6 +444,18 @@ class Connection:
                     self.abort(0)
                 else:
                     timers.start_fin_wait2(self)
+            elif self.out_of_memory():
+                self.abort(0)
+
+    def out_of_memory(self) -> bool:
+        """Whether the connection, which its user has closed, holds unsent data that nobody can afford any more; counted
+        (tcp_check_oom).
+        """
+        mem = self.tcp.mem
+        if mem.allocated <= mem.high or self.options.memalloc or self.send_queue.account.bytes <= SOCK_MIN_SNDBUF:
+            return False
+        self.tcp.env.mib.TcpExtTCPAbortOnMemory += 1
+        return True
 
     def abort(self, error: int) -> None:
         """Reset the connection; the user gets errno `error` (0: none)."""

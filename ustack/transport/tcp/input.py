@@ -9,13 +9,15 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
+from pools.arena import PAGE_SIZE
 from ustack.drops import DropReason
 from ustack.transport.events import ORPHAN, READABLE, SHUT_RD
 from ustack.transport.tcp import output
 from ustack.transport.tcp.acks import process_ack
 from ustack.transport.tcp.arriving import HALF, unwrap
 from ustack.transport.tcp.opening import in_syn_recv, in_syn_sent
-from ustack.transport.tcp.output import ACK_DELAYED, ACK_NONE, ACK_NOW, MASK32
+from ustack.transport.tcp.output import ACK_DELAYED, ACK_NONE, ACK_NOW, MASK32, WINDOW_UNCLAMPED
+from ustack.transport.tcp.prune import grow_window, make_room, prune_ofo_queue
 from ustack.transport.tcp.states import CAN_RECEIVE, CLOSE, ESTABLISHED, RECEIVES_FIN, SYN_RECV, SYN_SENT, State
 from ustack.wire.tcp import ACK, FIN, PSH, RST, SYN
 
@@ -202,7 +204,7 @@ def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int
     if fin and conn.fin_seq < 0 and end >= rcv_nxt:
         conn.fin_seq = end
         if queue.ofo and queue.ofo[-1].end_seq > end:
-            queue.prune_out_of_order()  # nothing follows a FIN: a peer that says otherwise must say it all again
+            queue.drop_out_of_order()  # nothing follows a FIN: a peer that says otherwise must say it all again
     if seq > rcv_nxt:
         if end <= seq:
             _duplicate_ack(conn)  # a FIN out of order, remembered
@@ -240,6 +242,8 @@ def _take(conn: Connection, segment: ArrivingSegment, offset: int, size: int) ->
     queue = conn.receive_queue
     frame = segment.frame
     conn.last_data = conn.last_received
+    if conn.rcv_ssthresh != WINDOW_UNCLAMPED:
+        grow_window(conn, size)
     if conn.reader is not None and not queue.queue and not conn.handed:
         buffer = conn.reader.buffer_for(size)
         if buffer is not None:
@@ -248,58 +252,45 @@ def _take(conn: Connection, segment: ArrivingSegment, offset: int, size: int) ->
             conn.handed = size
             _learn_mss(conn, segment, size)
             return None
-    reason = _make_room(conn)
-    if reason is None and not queue.put(frame, offset, size, conn.rcv_nxt, conn.gfp):
-        if queue.ofo:
-            _prune_out_of_order(conn)
-        reason = None if queue.put(frame, offset, size, conn.rcv_nxt, conn.gfp) else DropReason.NOMEM
-    if reason is None:
-        if _learn_mss(conn, segment, size):
-            _learn_ratio(conn)
-        conn.notify(READABLE)
-    return reason
-
-
-def _make_room(conn: Connection) -> DropReason | None:
-    """Over a limit, give up out-of-order data first (tcp_prune_queue); None when there is room, else why there is none.
-
-    A memalloc socket is bound by its own limit only, and a socket that holds next to nothing may always receive, so that it
-    gets on.
-    """
-    queue = conn.receive_queue
+    charges = conn.charges
     reason = None
-    if queue.truesize > conn.rcvbuf:
-        reason = DropReason.SOCKET_RCVBUFF
-    elif conn.tcp.over_limit and not conn.options.memalloc and queue.truesize >= conn.tcp.config.rmem_min:
-        reason = DropReason.PROTO_MEM
-    if reason is not None and queue.ofo:
-        _prune_out_of_order(conn)
-        return _make_room(conn)
+    if size + PAGE_SIZE > charges.forward_alloc or charges.receive.bytes + charges.ofo.bytes > conn.rcvbuf:
+        reason = make_room(conn, conn.rcv_nxt, queue.truesize_of(frame, offset, size))
+        if reason is not None and not queue.queue:
+            reason = None  # one segment always: who has nothing to read would wait for ever (sk_forced_mem_schedule)
+    if reason is None:
+        while not queue.put(frame, offset, size, conn.rcv_nxt, conn.gfp):
+            if not prune_ofo_queue(conn, conn.rcv_nxt):
+                reason = DropReason.NOMEM
+                break
+        else:
+            if _learn_mss(conn, segment, size):
+                _learn_ratio(conn)
+            conn.notify(READABLE)
+            return None
+    charges.drops += 1
+    charges.reclaim()
+    conn.tcp.env.mib.TcpExtTCPRcvQDrop += 1
+    conn.notify(READABLE)
     return reason
-
-
-def _prune_out_of_order(conn: Connection) -> None:
-    """Give up what lies right of a hole, for what fills it (tcp_prune_ofo_queue)."""
-    env = conn.tcp.env
-    env.mib.TcpExtTCPRcvPruned += 1
-    env.drops.counts[DropReason.TCP_OFO_QUEUE_PRUNE] += conn.receive_queue.prune_out_of_order()
 
 
 def _out_of_order(conn: Connection, segment: ArrivingSegment, offset: int, seq: int, end: int) -> DropReason | None:
     queue = conn.receive_queue
-    env = conn.tcp.env
+    mib = conn.tcp.env.mib
     _duplicate_ack(conn)
-    if queue.truesize > conn.rcvbuf:
-        return DropReason.SOCKET_RCVBUFF
-    if conn.tcp.over_limit and not conn.options.memalloc:
-        return DropReason.PROTO_MEM
-    kept = queue.put_out_of_order(segment.frame, offset, seq, end, conn.gfp)
-    if kept is None:
-        return DropReason.TCP_OLD_DATA
-    if not kept:
-        return DropReason.NOMEM
-    env.mib.TcpExtTCPOFOQueue += 1
-    return None
+    reason = make_room(conn, seq, segment.frame.truesize(offset, end - seq))
+    if reason is None:
+        kept = queue.put_out_of_order(segment.frame, offset, seq, end, conn.gfp)
+        if kept:
+            mib.TcpExtTCPOFOQueue += 1
+            return None
+        reason = DropReason.TCP_OLD_DATA if kept is None else DropReason.NOMEM
+    conn.charges.reclaim()
+    if reason is not DropReason.TCP_OLD_DATA:
+        conn.charges.drops += 1
+        mib.TcpExtTCPOFODrop += 1
+    return reason
 
 
 def _learn_mss(conn: Connection, segment: ArrivingSegment, size: int) -> bool:
@@ -343,7 +334,7 @@ def _on_fin(conn: Connection) -> None:
     conn.rcv_nxt += 1
     conn.rcv_adv = max(conn.rcv_adv, conn.rcv_nxt)
     _duplicate_ack(conn)
-    conn.receive_queue.prune_out_of_order()
+    conn.receive_queue.drop_out_of_order()
     state = RECEIVES_FIN[conn.state]
     conn.notify(READABLE)
     if state is State.TIME_WAIT:

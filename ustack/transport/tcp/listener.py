@@ -53,6 +53,9 @@ class Listener:
             mib.TcpExtListenOverflows += 1
             mib.TcpExtListenDrops += 1
             return DropReason.LISTEN_OVERFLOW
+        if not self.options.memalloc and self.tcp.mem.under_pressure():
+            mib.TcpExtListenDrops += 1
+            return DropReason.MEM_PRESSURE
         if self._full and not self.tcp.config.syncookies:
             mib.TcpExtTCPReqQFullDrop += 1
             mib.TcpExtListenDrops += 1
@@ -182,6 +185,7 @@ class Listener:
         """The handshake of `conn` is done: it may be accepted."""
         self.half_open.discard(conn)
         conn.listener = None
+        conn.charges.join()
         self.tcp.env.mib.TcpPassiveOpens += 1
         if not conn.fastopen:
             self.queue.append(conn)

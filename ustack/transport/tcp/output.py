@@ -42,6 +42,13 @@ SKB_MAX: Final = IP_TOTAL_MAX - 20 - HEADER_LEN - TS_LEN
 MIN_MSS: Final = 48
 """Bytes of payload below which no path MTU pushes a segment (tcp_min_snd_mss)."""
 
+WINDOW_UNCLAMPED: Final = 1 << 30
+"""`rcv_ssthresh` while only the receive limit bounds the window."""
+
+PRESSURE_SEGMENTS: Final = 4
+"""Full segments that an ordinary connection's window and transmissions are bounded by under pressure
+(tcp_adjust_rcv_ssthresh)."""
+
 SACK_HEADER: Final = 4
 SACK_BLOCK: Final = 8
 """Bytes that the SACK option and each block take (RFC 2018, section 3)."""
@@ -85,6 +92,8 @@ def _largest_payload(conn: Connection, mss: int) -> int:
     """Bytes of one transmission: a multiple of the MSS that fits an IP packet, or one segment where the device cannot cut."""
     if not (conn.path.tso and conn.tcp.config.offload):
         return mss
+    if conn.under_pressure():
+        return PRESSURE_SEGMENTS * mss
     return max(SKB_MAX // mss, 1) * mss
 
 
@@ -100,6 +109,10 @@ def receive_window(conn: Connection) -> int:
     free = rcvbuf - conn.receive_queue.truesize
     scale = conn.rcv_wscale
     window = free * conn.win_ratio >> 8
+    mem = conn.tcp.mem
+    if (mem.over_pressure or mem.pages.under_pressure) and not conn.options.memalloc:
+        conn.rcv_ssthresh = min(conn.rcv_ssthresh, PRESSURE_SEGMENTS * conn.adv_mss)
+    window = min(window, conn.rcv_ssthresh)
     # Silly window avoidance of the receiver (RFC 1122, section 4.2.3.3): a sliver of room is no room.
     if window < min(conn.rcv_mss, rcvbuf >> 2):
         window = 0
@@ -142,7 +155,7 @@ def _adjust_receive_limit(conn: Connection) -> None:
     """Dynamic right-sizing: the receive limit follows twice what the user read in the last round trip
     (tcp_rcv_space_adjust).
     """
-    if conn.options.rcvbuf:
+    if conn.options.rcvbuf or conn.under_pressure():
         return
     now = conn.tcp.env.timers.now
     if now - conn.rcvq_time < conn.rcv_rtt:

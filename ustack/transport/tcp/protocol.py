@@ -8,6 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from ustack.drops import DropReason
+from ustack.mem.protocol import ProtocolMemory, limits_for
 from ustack.skb import Account
 from ustack.timers import Timer
 from ustack.transport.events import READABLE, WRITABLE
@@ -52,6 +53,10 @@ if TYPE_CHECKING:
 WINDOW_MAX: Final = 0xFFFF << WSCALE_MAX
 """Bytes of the largest window: what an old segment of a connection lies at most beyond its SND.NXT."""
 
+TCP_EIGHTHS: Final = 6
+"""Eighths of the arena, without its watermarks, that all connections together may hold unless configured: so that there is
+always something left for the rest."""
+
 MEMORY_RETRY: Final = 0.05
 """Seconds between looks for free pages while somebody waits for them."""
 
@@ -85,6 +90,7 @@ class Tcp:
         "_memory_timer",
         "_memory_waiters",
         "_pending",
+        "_pressure_since",
         "_time_wait_timer",
         "_time_waits",
         "_woken_listeners",
@@ -96,7 +102,7 @@ class Tcp:
         "ip",
         "isn",
         "listeners",
-        "mem_max",
+        "mem",
         "ofo_account",
         "receive_account",
         "segment",
@@ -116,7 +122,10 @@ class Tcp:
         self.send_account = Account("tcp send")
         self.receive_account = Account("tcp receive")
         self.ofo_account = Account("tcp out of order")
-        self.mem_max = config.mem_max or env.memory.arena.size // 4 * 3
+        pages = env.memory.pages
+        limits = limits_for(pages, config.mem_pages(), TCP_EIGHTHS)
+        self.mem = ProtocolMemory(pages, limits, config.rmem_min, config.wmem_min, self._on_pressure)
+        self._pressure_since = 0.0
         self._pending: list[Connection] = []
         self._woken_listeners: list[Listener] = []
         self._memory_waiters: dict[Connection, None] = {}
@@ -129,10 +138,14 @@ class Tcp:
         ip.register(IPPROTO_TCP, self.input)
         ip.icmp.error_handlers[IPPROTO_TCP] = self.on_icmp_error
 
-    @property
-    def over_limit(self) -> bool:
-        """Whether all connections together hold more memory than they may (tcp_mem)."""
-        return self.receive_account.bytes + self.ofo_account.bytes + self.send_account.bytes > self.mem_max
+    def _on_pressure(self, on: bool) -> None:
+        """Pressure begins or ends (tcp_enter_memory_pressure, tcp_leave_memory_pressure)."""
+        now = self.env.timers.now
+        if on:
+            self.env.mib.TcpExtTCPMemoryPressures += 1
+            self._pressure_since = now
+        else:
+            self.env.mib.TcpExtTCPMemoryPressuresChrono += int((now - self._pressure_since) * 1000)
 
     # -- segments in --
 
@@ -373,6 +386,7 @@ class Tcp:
             key = self._choose_key(path, remote_port)
         conn = self._new(path, key, options, self._isn(key, used))
         self.register(conn)
+        conn.charges.join()
         conn.snd_nxt = conn.iss + 1
         conn.enter(State.SYN_SENT)
         self.env.mib.TcpActiveOpens += 1
@@ -460,7 +474,7 @@ class Tcp:
         """End a batch: wake the users of everything that changed, then send what each connection owes."""
         while self._woken_listeners:
             self._woken_listeners.pop().wake(READABLE)
-        if self._memory_waiters:
+        if self._memory_waiters and not self.mem.under_pressure():
             self._wake_memory_waiters()
         while self._pending:
             batch = self._pending
@@ -478,7 +492,7 @@ class Tcp:
 
     def _wake_memory_waiters(self) -> None:
         pages = self.env.memory.pages
-        if pages.free_pages > pages.min_pages and not self.over_limit:
+        if pages.free_pages > pages.min_pages and self.mem.allocated < self.mem.high:
             waiters = self._memory_waiters
             self._memory_waiters = {}
             for conn in waiters:
@@ -503,9 +517,10 @@ class Tcp:
         conn.keepalive_timer.cancel()
         conn.send_queue.clear()
         conn.inflight.segments.clear()
-        conn.receive_queue.prune_out_of_order()
+        conn.receive_queue.drop_out_of_order()
         if conn.orphan:
             conn.receive_queue.clear()
+        conn.charges.leave()
         self._memory_waiters.pop(conn, None)
 
     def _remove(self, key: bytes) -> None:

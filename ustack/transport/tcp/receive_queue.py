@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from ustack.link.rxring import RxFrame
-    from ustack.skb import Account, Skb, SkbMemory
+    from ustack.mem.socket import SocketMemory
+    from ustack.skb import Skb, SkbMemory
 
 SACK_BLOCKS: Final = 4
 """Blocks that fit the option space (three beside timestamps)."""
@@ -35,13 +36,27 @@ class ReceiveQueue:
     it.
     """
 
-    __slots__ = ("_recent", "account", "copied_seq", "memory", "ofo", "ofo_account", "queue")
+    __slots__ = (
+        "_recent",
+        "account",
+        "charges",
+        "copied_seq",
+        "memory",
+        "ofo",
+        "ofo_account",
+        "ofo_changed",
+        "queue",
+        "settled_seq",
+    )
 
-    def __init__(self, memory: SkbMemory, account: Account, ofo_account: Account, start: int) -> None:
+    def __init__(self, memory: SkbMemory, charges: SocketMemory, start: int) -> None:
         self.memory = memory
-        self.account = account
-        self.ofo_account = ofo_account
+        self.charges = charges
+        self.account = charges.receive
+        self.ofo_account = charges.ofo
         self.copied_seq = start
+        self.ofo_changed = False  # since `collapse` has looked at it
+        self.settled_seq = start  # what lies before has been collapsed, or is not worth it
         self.queue: deque[Skb] = deque()
         self.ofo: list[Skb] = []
         self._recent: list[int] = []  # sequence numbers inside the ranges that arrived last, the latest first
@@ -52,6 +67,12 @@ class ReceiveQueue:
         return self.account.bytes + self.ofo_account.bytes
 
     # -- in --
+
+    def truesize_of(self, frame: RxFrame, offset: int, length: int) -> int:
+        """About the truesize by which `put` would add to the queue."""
+        if length <= SMALL and self.queue:
+            return 0 if self.queue[-1].tailroom >= length else SHARED_BUFFER + self.memory.pool.head_charge
+        return frame.truesize(offset, length)
 
     def put(self, frame: RxFrame, offset: int, length: int, seq: int, gfp: int) -> bool:
         """Append the frame's bytes `offset .. offset+length`, which start at `seq` = RCV.NXT. False when there is no memory."""
@@ -107,6 +128,7 @@ class ReceiveQueue:
         for old in ofo[index:covered]:
             old.free()
         ofo[index:covered] = [skb]
+        self.ofo_changed = True
         self._note(seq)
         return True
 
@@ -156,20 +178,35 @@ class ReceiveQueue:
                 skb.pull(rcv_nxt - skb.seq)
                 skb.seq = rcv_nxt
             rcv_nxt = skb.end_seq
-            skb.charge_to(self.account)
+            self.charges.accept_in_order(skb.truesize)
+            skb.account = self.account
             self.queue.append(skb)
         if done:
             del ofo[:done]
             self._recent = [seq for seq in self._recent if seq >= rcv_nxt] if ofo else []
         return rcv_nxt
 
-    def prune_out_of_order(self) -> int:
-        """Give up all out-of-order data, as the peer will send it again (tcp_prune_ofo_queue); return how many skbs."""
-        count = len(self.ofo)
+    def drop_out_of_order(self) -> None:
+        """Free all out-of-order data: nothing can follow it any more, or nobody wants it."""
         for skb in self.ofo:
             skb.free()
         self.ofo.clear()
         self._recent.clear()
+
+    def prune_out_of_order(self, seq: int, most: int) -> int:
+        """Give up out-of-order data, the highest first, until `most` bytes of truesize are free or only what lies before `seq`
+        is left; return how many skbs. What SACK has said of it is taken back with the next acknowledgment: the peer keeps what
+        was only reported (RFC 2018, section 8).
+        """
+        ofo = self.ofo
+        count = 0
+        while ofo and ofo[-1].seq >= seq and most > 0:
+            skb = ofo.pop()
+            most -= skb.truesize
+            skb.free()
+            count += 1
+        if count:
+            self._recent.clear()
         return count
 
     # -- out --
@@ -199,6 +236,7 @@ class ReceiveQueue:
             else:
                 skb.pull(copied)
                 skb.seq += copied
+                skb.release_front()  # a slow reader must not pay for what it has read
         self.copied_seq += done
         return done
 
@@ -220,4 +258,4 @@ class ReceiveQueue:
         for skb in self.queue:
             skb.free()
         self.queue.clear()
-        self.prune_out_of_order()
+        self.drop_out_of_order()

@@ -11,9 +11,11 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from pools.arena import PAGE_SIZE
+from pools.gfp import MEMALLOC
 
 if TYPE_CHECKING:
-    from ustack.skb import Account, Skb, SkbMemory
+    from ustack.mem.socket import SocketMemory
+    from ustack.skb import Skb, SkbMemory
 
 LINEAR_MAX: Final = 4096 - 512
 """Bytes up to which a write gets a linear buffer; larger ones get pages."""
@@ -34,11 +36,12 @@ class SendQueue:
     piece.
     """
 
-    __slots__ = ("_hint", "_skbs", "account", "end", "goal", "memory", "start")
+    __slots__ = ("_hint", "_skbs", "account", "charges", "end", "goal", "memory", "start")
 
-    def __init__(self, memory: SkbMemory, account: Account, start: int) -> None:
+    def __init__(self, memory: SkbMemory, charges: SocketMemory, start: int) -> None:
         self.memory = memory
-        self.account = account
+        self.charges = charges
+        self.account = charges.send
         self.start = start
         self.end = start
         self.goal = PAGES_MAX * PAGE_SIZE
@@ -46,8 +49,11 @@ class SendQueue:
         self._hint = 0  # index of the skb that the last view came from: the next one most likely does, too
 
     def append(self, data: memoryview, limit: int, gfp: int) -> int:
-        """Copy bytes of `data` to the end until the account holds `limit` bytes or memory ends; return how many."""
+        """Copy bytes of `data` to the end until the account holds `limit` bytes, or memory or the protocol's share of it ends;
+        return how many.
+        """
         account = self.account
+        charges = self.charges
         memory = self.memory
         goal = self.goal
         total = len(data)
@@ -71,6 +77,10 @@ class SendQueue:
             else:
                 tail = memory.alloc_paged(min((left + PAGE_SIZE - 1) // PAGE_SIZE, PAGES_MAX), gfp)
             if tail is None:
+                break
+            truesize = tail.truesize
+            if truesize > charges.forward_alloc and not charges.wmem_schedule(truesize, limit, gfp & MEMALLOC != 0):
+                tail.free()
                 break
             tail.seq = tail.end_seq = self.end + done
             tail.charge_to(account)

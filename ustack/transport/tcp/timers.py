@@ -68,6 +68,9 @@ def _window_was_shut(conn: Connection) -> bool:
 
 def _gives_up(conn: Connection, attempts: int) -> bool:
     """Fail the connection when it has gone unanswered too often or too long (R2 of RFC 9293, section 3.8.3; RFC 5482)."""
+    if conn.orphan and conn.out_of_memory():
+        conn.abort(0)
+        return True
     config = conn.tcp.config
     user_timeout = conn.options.user_timeout
     if user_timeout and not conn.orphan:
