@@ -54,6 +54,7 @@ docs: setup ## the documentation as HTML in build/docs
 	@tools/make-venv $(VENV) docs
 	@$(VENV)/bin/python tools/reference.py
 	@$(VENV)/bin/python tools/reference_pages.py
+	@$(VENV)/bin/python tools/rfc_page.py
 	@$(VENV)/bin/sphinx-build -q -W -b html docs build/docs
 	@echo "docs: build/docs/index.html"
 

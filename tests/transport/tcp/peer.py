@@ -385,12 +385,14 @@ class Peer:
         window: int | None = None,
         sack: tuple[tuple[int, int], ...] | None = None,
         after: float = 0.0,
+        within: float | None = None,
     ) -> Seen:
-        """The stack's next segment is this one, and comes `after` seconds since the peer did or expected something.
+        """The stack's next segment is this one, and comes `after` seconds since the peer did or expected something, or at any
+        time `within` so many seconds.
 
         What is None may be anything. PSH is ignored unless asked for.
         """
-        due = self.mark + after
+        due = self.mark + (after if within is None else within)
         if not self._seen:
             limit = due + TOLERANCE
             while not self._seen and self._step(limit):
@@ -405,7 +407,8 @@ class Peer:
         assert length is None or seen.length == length, what
         assert window is None or seen.window == window, what
         assert sack is None or seen.options.sack == sack, what
-        assert abs(seen.at - due) <= TOLERANCE, f"it came {seen.at - self.mark:.6f} s after, not {after} s: {what}"
+        if within is None:
+            assert abs(seen.at - due) <= TOLERANCE, f"it came {seen.at - self.mark:.6f} s after, not {after} s: {what}"
         self.mark = max(self.mark, seen.at)
         return seen
 
