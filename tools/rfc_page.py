@@ -26,9 +26,9 @@ INTRODUCTION: Final = """# RFCs
 
 <!-- Made by tools/rfc_page.py from tests/conformance/requirements: change these files, then run it. -->
 
-What each RFC asks of us, in our words, by section; and the test that shows that we do it, or why we do not. Names such as MUST-4
-are those of the RFC where it gives any (RFC 9293, appendix B), and otherwise numbered here. Tests that end in `.chart` are
-[conformance scripts](reference/conformance-scripts.md).
+What each RFC asks of us, in our words, by section; and the test that shows that we do it, or why we do not. Names such as
+MUST-4 are those of the RFC where it gives any (RFC 9293, appendix B), and otherwise numbered here. Tests that end in `.chart`
+are [conformance scripts](reference/conformance-scripts.md).
 """
 
 
