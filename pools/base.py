@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from mypy_extensions import mypyc_attr
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     from pools.buddy import PageAllocator
 
 NULL: Final = -1
@@ -93,6 +95,15 @@ class Pool(ABC):
     @abstractmethod
     def reap(self) -> int:
         """Give back every page that no live object needs; return how many pages went back."""
+
+    def compact(self, movable: Collection[int], moved: Callable[[int, int], None]) -> int:
+        """Move live objects together and give back the pages that become empty; return how many pages went back.
+
+        `movable` are the addresses, of data and of heads, that may move now, because nobody looks at them: no device and no
+        view. After an object has been copied `moved` is called with its old and its new address. A pool that cannot move
+        anything gives back what `reap` does.
+        """
+        return self.reap()
 
     @abstractmethod
     def held_pages(self) -> int:

@@ -20,6 +20,8 @@ from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
 from pools.slab import GRANULE, GRANULE_SHIFT, KmemCache, SlabMap, object_size, slabinfo
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     from pools.buddy import PageAllocator
 
 SIZES: Final = (32, 64, 128, 192, *(256 << shift for shift in range(10)))
@@ -152,6 +154,13 @@ class KmallocPool(Pool):
         """Empty the arrays of all caches and give back all free slabs."""
         before = self.pages.free_pages
         self._shrink()
+        return self.pages.free_pages - before
+
+    def compact(self, movable: Collection[int], moved: Callable[[int, int], None]) -> int:
+        """Empty the emptiest slabs of each cache into its fullest. The kernel of 2006 could not: an address was for ever."""
+        before = self.pages.free_pages
+        for cache in reversed(self._caches):  # largest first, as in `_shrink`
+            cache.compact(movable, moved)
         return self.pages.free_pages - before
 
     def _shrink(self) -> int:

@@ -24,7 +24,7 @@ from pools.base import NULL, DoubleFree
 from pools.gfp import ATOMIC, MEMALLOC, may_use_reserve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from pools.buddy import PageAllocator
 
@@ -455,6 +455,48 @@ class KmemCache:
         if self.shared.entry:
             self._drain(self.shared, len(self.shared.entry))
         return self._destroy_free(len(self._free)) if self._free else 0
+
+    def compact(self, movable: Collection[int], moved: Callable[[int, int], None]) -> int:
+        """Empty the emptiest slabs into the fullest; see `Pool.compact`. A slab with an object that is not movable stays.
+
+        Slabs in the reserve are left alone: they go back by themselves, and nothing may move into them.
+        """
+        self.reap()
+        slabs = sorted(self._partial, key=lambda slab: len(slab.free))
+        room = sum(len(slab.free) for slab in slabs)
+        mem = self.pages.arena.mem
+        target = 0
+        before = self.pages.free_pages
+        while len(slabs) > target + 1:
+            source = slabs.pop()
+            room -= len(source.free)
+            objects = self._objects(source)
+            if room < len(objects):
+                break
+            if not all(addr in movable for addr in objects):
+                continue
+            room -= len(objects)
+            for old in objects:
+                while not slabs[target].free:
+                    target += 1
+                new = slabs[target].free.pop()
+                mem[new : new + self.size] = mem[old : old + self.size]
+                self._live[new >> GRANULE_SHIFT] = 1
+                self._live[old >> GRANULE_SHIFT] = 0
+                if not slabs[target].free:
+                    del self._partial[slabs[target]]
+                    self._full[slabs[target]] = None
+                moved(old, new)
+            del self._partial[source]
+            self._destroy(source)
+        return self.pages.free_pages - before
+
+    def _objects(self, slab: Slab) -> list[int]:
+        """The objects of a partial slab that are not free in it."""
+        first = slab.base + self._objects_offset
+        first += (slab.free[0] - first) % self.size  # the colour is less than an object
+        free = set(slab.free)
+        return [addr for addr in range(first, first + self.num * self.size, self.size) if addr not in free]
 
     def reap_tick(self, now: float) -> int:
         """What the kernel's reaper does, when it is due at `now` (seconds on the clock of the stack). Returns pages given back.

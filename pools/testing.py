@@ -32,7 +32,7 @@ from pools.buddy import PageAllocator
 from pools.gfp import ATOMIC, MEMALLOC, NOMEMALLOC
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     MakePool = Callable[[PageAllocator], Pool]
 
@@ -152,6 +152,25 @@ class Ledger:
         one.packet.extend(other.packet)
         for chunk in other.packet:
             chunk.packet = one.packet
+
+    def compact(self, movable: Collection[Chunk]) -> int:
+        """Compact the pool; it may move these chunks. Returns the pages that it gave back."""
+        before = self.pages.free_pages
+        given_back = self.pool.compact(frozenset(chunk.addr for chunk in movable), self._moved)
+        assert given_back == self.pages.free_pages - before, f"{given_back} pages counted as given back"
+        return given_back
+
+    def _moved(self, old: int, new: int) -> None:
+        chunk = self.chunks.pop(old)
+        del self._starts[bisect_left(self._starts, old)]
+        del self._ends[bisect_left(self._ends, old + chunk.size)]
+        position = bisect_right(self._starts, new)
+        assert position == bisect_right(self._ends, new), f"{chunk} was moved to {new:#x}, into a live chunk"
+        assert position == bisect_left(self._starts, new + chunk.size), f"{chunk} was moved to {new:#x}, into a live chunk"
+        chunk.addr = new
+        self.chunks[new] = chunk
+        insort(self._starts, new)
+        insort(self._ends, new + chunk.size)
 
     def hog(self, count: int) -> None:
         """Let other users take up to `count` pages; they leave the reserve alone."""
@@ -281,6 +300,8 @@ def soak(make_pool: MakePool, *, operations: int, seed: int, lanes: int = 1, che
             ledger.unhog(random.randrange(64))
         elif choice < 0.998 and ledger.freed:
             ledger.free_twice(random.choice(ledger.freed), cpu)
+        elif choice < 0.9985:
+            ledger.compact([chunk for chunk in live if random.random() < 0.9])
         elif len(live) > 1:
             ledger.link(random.choice(live), random.choice(live))
         if step % check_every == 0:
@@ -426,6 +447,22 @@ class PoolConformance:
         ledger.check_deeply()
         ledger.close()
 
+    def test_compacting_keeps_what_may_not_move_and_every_byte(self) -> None:
+        """A burst of which a third stays, all of it movable but every tenth chunk."""
+        ledger = self.ledger()
+        chunks: list[Chunk] = []
+        while len(chunks) < 300 and (chunk := ledger.alloc(200 + 50 * (len(chunks) % 3))) is not None:
+            chunks.append(chunk)
+        for index, chunk in enumerate(chunks):
+            if index % 3:
+                ledger.free(chunk)
+        kept = chunks[::3]
+        fixed = [(chunk, chunk.addr) for chunk in kept[::10]]
+        ledger.compact([chunk for index, chunk in enumerate(kept) if index % 10])
+        assert all(chunk.addr == addr for chunk, addr in fixed)
+        ledger.check_deeply()
+        ledger.close()
+
     def test_soak(self) -> None:
         """20,000 random operations."""
         soak(self.make_pool, operations=20_000, seed=2006, lanes=self.lanes)
@@ -483,6 +520,10 @@ def machine(make_pool: MakePool, *, lanes: int = 1) -> type[RuleBasedStateMachin
         @rule(count=st.integers(1, ARENA_PAGES))
         def others_give_pages_back(self, count: int) -> None:
             self.ledger.unhog(count)
+
+        @rule(fixed=st.integers(0, 5))
+        def compact(self, fixed: int) -> None:
+            self.ledger.compact(self.live[fixed:])
 
         @rule()
         def reap(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket as names
 from ipaddress import IPv4Interface, ip_address, ip_interface, ip_network
+from itertools import chain
 from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +20,7 @@ from ustack.aio.streams import open_connection, start_server
 from ustack.aio.transport import create_connection, create_server
 from ustack.drops import Drops
 from ustack.env import Env
+from ustack.mem.compaction import compact
 from ustack.mem.reserve import Reserve
 from ustack.mib import Mib
 from ustack.net.interface import Interface
@@ -137,6 +139,10 @@ class Stack:
             self.udp.account,
             *(interface.neighbours.account for interface in self.interfaces),
         ]
+
+    def compact(self) -> int:
+        """Move the packets that wait in sockets together, and give back the pages that become empty; returns how many."""
+        return compact(self.env.memory, chain(self.tcp.queued(), self.udp.queued()))
 
     # -- driven by hand --
 

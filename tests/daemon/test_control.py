@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pools.gfp import ATOMIC
 from tests import leaks
 from ustack.cli.control import Control, open_tcp_through_daemon
 from ustack.daemon.control import LINE_MAX, ControlServer
@@ -84,7 +85,7 @@ async def test_a_client_that_ends_its_side_at_once_still_gets_its_answers(tmp_pa
         (b"\xff\xfe\n", errno.EINVAL, "a request is a line"),
         (b'{"call": "ss", "args": []}\n', errno.EINVAL, "args must be an object"),
         (b'{"call": "ss", "args": {"a": 1}}\n', errno.EINVAL, "ss takes no arguments"),
-        (b'{"call": "reboot"}\n', errno.ENOSYS, "no call 'reboot'; there are connect, listen, memory, nstat, ping"),
+        (b'{"call": "reboot"}\n', errno.ENOSYS, "no call 'reboot'; there are add_class, classes, compact, connect"),
         (b'{"call": "connect"}\n', errno.EINVAL, "host"),
         (b'{"call": "connect", "args": {"host": "10.0.0.1", "port": 1}}\n', errno.ENETUNREACH, "unreachable"),
         (b'{"call": "connect", "args": {"host": "name", "port": 1}}\n', errno.EINVAL, "is not an IPv4 address"),
@@ -201,3 +202,48 @@ async def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
 def test_without_a_daemon_it_is_said_how_to_start_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="start one with `ustack daemon"):
         Control(str(tmp_path / "none"))
+
+
+async def test_the_adviser_learns_from_a_recording_and_adds_its_classes(tmp_path: Path) -> None:
+    async with serving(tmp_path / "c") as stack:
+        recording = asyncio.create_task(call(tmp_path / "c", "record", seconds=0.2))
+        while stack.env.memory.pool is stack.pool:
+            await asyncio.sleep(0)
+        with pytest.raises(OSError, match="already"):
+            await call(tmp_path / "c", "record", seconds=1)
+        skb = stack.env.memory.alloc(1700, ATOMIC)
+        assert skb is not None
+        skb.free()
+        assert await recording == [[0, 1700, 0], [0, 0, 0]]
+        assert stack.env.memory.pool is stack.pool
+        assert 1728 in await call(tmp_path / "c", "add_class", size=1700)
+        with pytest.raises(OSError, match="no room for a class of 1728 bytes"):
+            await call(tmp_path / "c", "add_class", size=1700)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, "long", None, 1e9])
+async def test_a_recording_takes_a_time_that_is_one(tmp_path: Path, seconds: object) -> None:
+    async with serving(tmp_path / "c"):
+        with pytest.raises(OSError, match="is no time for a recording"):
+            await call(tmp_path / "c", "record", seconds=seconds)
+
+
+async def test_compacting_gives_back_what_a_burst_has_left(tmp_path: Path) -> None:
+    async with serving(tmp_path / "c") as stack:
+        skbs = [stack.env.memory.alloc(1500, ATOMIC) for _ in range(100)]
+        kept = stack.udp.socket()
+        kept.bind(bytes(4), 7)
+        for index, skb in enumerate(skbs):
+            assert skb is not None
+            if index % 5:
+                skb.free()
+            else:
+                skb.put(b"%04d" % index)
+                skb.charge_to(stack.udp.account)
+                kept._queue.append(skb)
+        stack.pool.reap()
+        before = stack.pool.held_pages()
+        done = await call(tmp_path / "c", "compact")
+        assert done == {"given_back": before - stack.pool.held_pages(), "held": stack.pool.held_pages()}
+        assert done["given_back"] > 10
+        assert [skb.tobytes() for skb in kept._queue] == [b"%04d" % index for index in range(0, 100, 5)]

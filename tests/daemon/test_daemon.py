@@ -332,10 +332,26 @@ async def test_nstat_shows_what_counted_and_all_if_asked(daemon: RunningDaemon) 
 
 async def test_slabinfo_and_status(daemon: RunningDaemon) -> None:
     assert (await daemon.ustack("slabinfo")).stdout.startswith(b"slabinfo - version: 2.1\n")
+    top = (await daemon.ustack("slabtop", "--once", "-s", "name")).stdout.decode().splitlines()
+    assert top[1].split()[-1] == "NAME"
+    assert [line.split()[-1] for line in top[2:]] == sorted(line.split()[-1] for line in top[2:])
+    assert (await daemon.ustack("slab", "compact")).stdout.endswith(b" held\n")
     shown = (await daemon.ustack("status")).stdout.decode()
     assert f"{TAP}: {OURS}/24" in shown
     assert "reserve: " in shown
     assert json.loads((await daemon.ustack("status", "--json")).stdout)["devices"][0]["name"] == TAP
+
+
+async def test_the_adviser_records_advises_and_applies(daemon: RunningDaemon, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    lines = [f"+ {number} 1700 0 0" for number in range(50)]
+    trace.write_text("\n".join(["ustack-trace-1 by-hand data", *lines]) + "\n")
+    advised = (await daemon.ustack("slab", "advise", str(trace), "-k", "1", "--cost", "charge", "--apply")).stdout.decode()
+    assert advised.startswith("1728: ")
+    assert " 1728 " in advised.splitlines()[1]
+    assert (await daemon.ustack("slabinfo")).stdout.count(b"size-1728") == 1
+    await daemon.ustack("slab", "record", str(trace), "--seconds", "0.05")
+    assert trace.read_text().startswith("ustack-trace-1 recorded data\n")
 
 
 async def test_a_disk_is_copied_through_the_daemon(daemon: RunningDaemon, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_compaction_moves_objects_and_their_handles_find_them() -> None:
     mem = run.pool.pages.arena.mem
     for number, packet in run.live.items():
         mem[packet.addr : packet.addr + 2] = number.to_bytes(2, "big")
-    compact(run, 64)
+    compact(run)
     assert run.pool.held_pages() == 5
     assert len({packet.addr >> PAGE_SHIFT for packet in run.live.values()}) == 5
     for number, packet in run.live.items():

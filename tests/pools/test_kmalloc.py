@@ -165,3 +165,46 @@ def test_slabinfo_prints_the_columns_of_proc_slabinfo() -> None:
     # 16 objects left the slab with the first refill of an idle lane: one is ours, 15 are parked in the array.
     assert line == "size-64               16     59     64   59    1 : tunables  120   60    8 : slabdata      1      1      0"
     pool.free(addr, 64)
+
+
+def drained_burst(pool: KmallocPool, size: int, packets: int, every: int) -> dict[int, int]:
+    """Allocate packets and free all but one in `every`; what is left, by address: its number, which it holds as well."""
+    mem = pool.pages.arena.mem
+    live = {}
+    for number in range(packets):
+        addr = pool.alloc(size, ATOMIC)
+        mem[addr : addr + 4] = number.to_bytes(4)
+        if number % every:
+            live[addr] = -1
+        else:
+            live[addr] = number
+    for addr in [addr for addr, number in live.items() if number < 0]:
+        pool.free(addr, size)
+        del live[addr]
+    return live
+
+
+def test_compaction_needs_hardly_more_pages_than_the_objects_do() -> None:
+    pool = KmallocPool(PageAllocator(Arena(1024)), lanes=1)
+    live = drained_burst(pool, 1500, 400, 8)
+    pool.reap()
+    held = pool.held_pages()
+    moves: list[tuple[int, int]] = []
+    given_back = pool.compact(frozenset(live), lambda old, new: moves.append((old, new)))
+    assert given_back == held - pool.held_pages()
+    assert pool.held_pages() <= 50 // 2 + 3 < held
+    mem = pool.pages.arena.mem
+    for old, new in moves:
+        live[new] = live.pop(old)
+    assert all(int.from_bytes(mem[addr : addr + 4]) == number for addr, number in live.items())
+    pool.check()
+    for addr in live:
+        pool.free(addr, 1500)
+
+
+def test_compaction_leaves_what_may_not_move() -> None:
+    pool = KmallocPool(PageAllocator(Arena(1024)), lanes=1)
+    live = drained_burst(pool, 1500, 400, 8)
+    assert pool.compact(frozenset(), pytest.fail) >= 0
+    for addr in live:
+        pool.free(addr, 1500)

@@ -59,6 +59,7 @@ def test_both_streams_arrive_intact(seed: int) -> None:
     network.listen(on_accept=lambda conn: talkers.append(Talker(conn, back, random.choice((100, 5000, 65536)))))
     nodelay = random.random() < 0.5
     chunk = random.choice((100, 5000, 65536))
+    compacting = random.random() < 0.3
     client = Talker(network.connect(nodelay=nodelay), there, chunk)
 
     def everything_is_said() -> bool:
@@ -66,6 +67,9 @@ def test_both_streams_arrive_intact(seed: int) -> None:
         if client.error == errno.EHOSTUNREACH and not client.incoming:
             # Three ARP requests were lost: a program tries again.
             client = Talker(network.connect(nodelay=nodelay), there, chunk)
+        if compacting and random.random() < 0.02:
+            for stack in network.stacks:  # packets may be moved at any time
+                stack.compact()
         return bool(client.error or (client.finished and talkers and talkers[0].finished))
 
     ended = network.world.run_until(everything_is_said, deadline=20 * AN_HOUR)

@@ -10,7 +10,21 @@ from typing import Final
 
 import click
 
-COMMANDS: Final = ("demo", "daemon", "status", "ping", "nc", "ss", "nstat", "slabinfo", "nbd", "bench", "pressure")
+COMMANDS: Final = (
+    "demo",
+    "daemon",
+    "status",
+    "ping",
+    "nc",
+    "ss",
+    "nstat",
+    "slabinfo",
+    "slabtop",
+    "slab",
+    "nbd",
+    "bench",
+    "pressure",
+)
 """The subcommands, in the order in which help shows them."""
 
 

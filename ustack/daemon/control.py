@@ -26,7 +26,7 @@ from inspect import isawaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ustack.daemon import reports
+from ustack.daemon import memory_calls, reports
 from ustack.daemon.ping import PingSeries
 from ustack.daemon.relay import DatagramEnd, StreamEnd, accept_datagrams
 from ustack.socket import pack_host, unpack_host
@@ -205,8 +205,11 @@ class Session(asyncio.Protocol):
                 answer = _STREAMING[name](self, **args)
                 if isawaitable(answer):
                     await answer
+            elif name in memory_calls.CALLS:
+                done = memory_calls.CALLS[name](self._server.stack, **args)
+                self._answer(ok=await done if isawaitable(done) else done)
             else:
-                known = ", ".join(sorted((*self._server.calls, *_STREAMING)))
+                known = ", ".join(sorted((*self._server.calls, *_STREAMING, *memory_calls.CALLS)))
                 raise OSError(errno.ENOSYS, f"no call {name!r}; there are {known}")
         except OSError as error:
             self._answer(error=error)

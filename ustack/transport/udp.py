@@ -28,7 +28,7 @@ from ustack.wire import icmp, ipv4, udp
 from ustack.wire.checksum import finish, ones_sum_views, pseudo_v4
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from ustack.env import Env
     from ustack.net.ipv4 import IpPacket, Ipv4
@@ -113,6 +113,11 @@ class Udp:
     def sockets(self) -> list[UdpSocket]:
         """All bound sockets."""
         return [each for sockets in self._ports.values() for each in sockets]
+
+    def queued(self) -> Iterator[Skb]:
+        """The packets that wait in the queues of all bound sockets."""
+        for socket in self.sockets():
+            yield from socket.queued()
 
     def schedule(self, socket: UdpSocket) -> None:
         """Wake the user of `socket` at the next flush."""
@@ -428,6 +433,10 @@ class UdpSocket:
         self.charges.drops += 1
         self._mib.UdpInErrors += 1
         self._drops.count(reason)
+
+    def queued(self) -> Iterable[Skb]:
+        """The datagrams that wait, the oldest first."""
+        return self._queue
 
     def recvfrom_nowait(self, limit: int, *, peek: bool = False) -> tuple[bytes, Address]:
         """Take the oldest datagram, cut to `limit` bytes, and its sender; with `peek` it stays queued.

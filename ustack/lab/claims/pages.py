@@ -94,40 +94,16 @@ def pieces_of_broken_memory(terms: Terms) -> Outcome:
     )
 
 
-def compact(run: Replay, size: int) -> None:
-    """Move data of `size` bytes from the emptiest pages into free places on the fullest, then reap. Handles find it again.
+def compact(run: Replay) -> None:
+    """Compact the pool. Every packet may be moved: its number is the handle that finds it again."""
+    numbers = {packet.addr: number for number, packet in run.live.items()}
 
-    Uses nothing but the pool's own calls: every free place is taken, the best are kept, and the others are given back.
-    """
-    pool = run.pool
-    pool.reap()
-    held = pool.held_pages()
-    places: list[int] = []
-    while pool.held_pages() == held:
-        places.append(pool.alloc(size, ATOMIC))
-    pool.free(places.pop(), size)
-    filled: dict[int, int] = {}
-    for packet in run.live.values():
-        filled[packet.addr >> PAGE_SHIFT] = filled.get(packet.addr >> PAGE_SHIFT, 0) + 1
-    fullness = {pfn: (count, pfn) for pfn, count in filled.items()}
-    # A page is filled from the fullest down, and emptied from the emptiest up, until they meet.
-    places.sort(key=lambda addr: fullness.get(addr >> PAGE_SHIFT, (0, addr >> PAGE_SHIFT)), reverse=True)
-    movable = sorted(run.live.items(), key=lambda item: fullness[item[1].addr >> PAGE_SHIFT])
-    mem = pool.pages.arena.mem
-    used = 0
-    for number, packet in movable:
-        if used == len(places):
-            break
-        target = places[used]
-        if fullness.get(target >> PAGE_SHIFT, (0, 0)) <= fullness[packet.addr >> PAGE_SHIFT]:
-            break
-        used += 1
-        mem[target : target + size] = mem[packet.addr : packet.addr + size]
-        pool.free(packet.addr, size)
-        run.live[number] = packet._replace(addr=target)
-    for addr in places[used:]:
-        pool.free(addr, size)
-    pool.reap()
+    def moved(old: int, new: int) -> None:
+        number = numbers.pop(old)
+        numbers[new] = number
+        run.live[number] = run.live[number]._replace(addr=new)
+
+    run.pool.compact(frozenset(numbers), moved)
 
 
 @claim(
@@ -148,7 +124,7 @@ def compaction(terms: Terms) -> Outcome:
             mem[packet.addr : packet.addr + 4] = number.to_bytes(4, "big")
         run.pool.reap()
         held = run.pool.held_pages()
-        compact(run, size)
+        compact(run)
         assert all(mem[packet.addr : packet.addr + 4] == number.to_bytes(4, "big") for number, packet in run.live.items())
         run.pool.check()
         fresh = Replay(make_pool("kmalloc", lanes=1), heads=False)

@@ -43,10 +43,12 @@ from ustack.wire.tcp import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ustack.env import Env
     from ustack.net.ipv4 import IpPacket, Ipv4
     from ustack.net.path import Path
-    from ustack.skb import Buffer
+    from ustack.skb import Buffer, Skb
     from ustack.transport.options import SocketOptions
     from ustack.transport.tcp.config import TcpConfig
 
@@ -450,6 +452,14 @@ class Tcp:
     def forget_listener(self, listener: Listener) -> None:
         """The listener is closed."""
         del self.listeners[listener.address, listener.port]
+
+    def queued(self) -> Iterator[Skb]:
+        """The packets that wait in the queues of all connections."""
+        for conn in self.connections.values():
+            if isinstance(conn, Connection):
+                yield from conn.receive_queue.queue
+                yield from conn.receive_queue.ofo
+                yield from conn.send_queue.skbs()
 
     # -- the batch --
 

@@ -14,6 +14,8 @@ from pools.arena import PAGE_SIZE
 from pools.gfp import MEMALLOC
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ustack.mem.socket import SocketMemory
     from ustack.skb import Skb, SkbMemory
 
@@ -111,6 +113,10 @@ class SendQueue:
             index += 1
         self._hint = index - 1
         return out
+
+    def skbs(self) -> Sequence[Skb]:
+        """The skbs, by sequence number."""
+        return self._skbs
 
     def release(self, una: int) -> None:
         """Everything before `una` is acknowledged: free the skbs that lie before it."""
