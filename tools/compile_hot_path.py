@@ -41,6 +41,8 @@ HOT = (
     "ustack/link/device.py",
     "ustack/link/rxring.py",
     "ustack/link/tap.py",
+    "ustack/mem/protocol.py",
+    "ustack/mem/socket.py",
     "ustack/net/icmp.py",
     "ustack/net/interface.py",
     "ustack/net/ipv4.py",

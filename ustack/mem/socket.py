@@ -35,18 +35,30 @@ class SocketAccount(Account):
 
     def charge(self, truesize: int) -> None:
         """Add `truesize` bytes. What was not scheduled is taken now, over any limit (sk_forced_mem_schedule)."""
-        super().charge(truesize)
+        held = self.bytes = self.bytes + truesize  # as in Account.charge, which is not called: this is once per packet
+        if held > self.peak:
+            self.peak = held
+        parent = self.parent
+        if parent is not None:
+            held = parent.bytes = parent.bytes + truesize
+            if held > parent.peak:
+                parent.peak = held
         owner = self.owner
         left = owner.forward_alloc - truesize
         if left < 0:
             pages = (PAGE_MASK - left) >> PAGE_SHIFT
-            owner.protocol.take_over(pages)
+            protocol = owner.protocol
+            total = protocol.allocated = protocol.allocated + pages
+            if total > protocol.peak:
+                protocol.peak = total
             left += pages << PAGE_SHIFT
         owner.forward_alloc = left
 
     def uncharge(self, truesize: int) -> None:
         """Take `truesize` bytes off again, and give back the pages that are not needed any more."""
-        super().uncharge(truesize)
+        self.bytes -= truesize
+        if self.parent is not None:
+            self.parent.bytes -= truesize
         owner = self.owner
         left = owner.forward_alloc + truesize
         if left >= PAGE_SIZE:
