@@ -9,6 +9,7 @@ import pytest
 from ustack.daemon.config import Config, load, parse
 from ustack.daemon.sections import ConfigError
 from ustack.transport.tcp.config import TcpConfig
+from ustack.transport.udp import UdpConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,9 +41,11 @@ size = "16M"
 reserve = "512K"
 lock = true
 [tcp]
-rmem_max = "1M"
+mem_high = "4M"
 sack = false
 rto_min = 1
+[udp]
+mem_low = "1M"
 [[nbd]]
 name = "disk"
 uri = "nbd://10.77.0.1/disk"
@@ -70,13 +73,15 @@ def test_device_and_address_are_enough() -> None:
     assert config.memory.size == 64 << 20
     assert config.reserve_bytes() is None
     assert config.tcp_config() == TcpConfig()
+    assert config.udp_config() == UdpConfig()
 
 
 def test_everything_can_be_said() -> None:
     config = parse(MOST, "u.toml")
     assert config.memory.size == 16 << 20
     assert config.reserve_bytes() == 512 << 10
-    assert config.tcp_config() == TcpConfig(rmem_max=1 << 20, sack=False, rto_min=1.0)
+    assert config.tcp_config() == TcpConfig(rmem_max=1 << 20, mem_high=4 << 20, sack=False, rto_min=1.0)
+    assert config.udp_config() == UdpConfig(mem_low=1 << 20)
     assert [(nbd.name, nbd.requests) for nbd in config.nbd] == [("disk", 8), ("local", 64)]
 
 
@@ -101,6 +106,18 @@ def test_every_fault_is_named_at_once() -> None:
         (LEAST + "[memory]\nreserve = -1\n", '[memory] reserve = -1: allowed is "auto", bytes, or a string with a unit'),
         (LEAST + "[memory]\nreserve = '64M'\n", "[memory] reserve = 67108864: allowed is less than the whole memory, 67108864"),
         (LEAST + "[tcp]\nrto_min = '1'\n", '[tcp] rto_min = "1": allowed is a number'),
+        (LEAST + "[tcp]\nrto_max = inf\n", "[tcp] rto_max = inf: allowed is a finite number"),
+        (LEAST + "[tcp]\ntime_wait = nan\n", "[tcp] time_wait = nan: allowed is"),
+        (LEAST + "[tcp]\nrto_max = 0.5\n", "[tcp] rto_max = 0.5: allowed is at least initial_rto, 1.0"),
+        (LEAST + "[tcp]\nrmem_min = '8M'\n", "[tcp] rmem_min = 8388608: allowed is at most rmem_default, 131072"),
+        (LEAST + "[tcp]\nrmem_max = '64K'\n", "[tcp] rmem_max = 65536: allowed is at least rmem_default, 131072"),
+        (LEAST + "[tcp]\nwmem_default = 1024\n", "[tcp] wmem_default = 1024: allowed is at least wmem_min, 4096"),
+        (
+            LEAST + "[tcp]\nmem_pressure = '8M'\nmem_high = '4M'\n",
+            "[tcp] mem_high = 4194304: allowed is at least mem_pressure, 8388608",
+        ),
+        (LEAST + "[udp]\nmem_low = '2M'\nmem_high = '1M'\n", "[udp] mem_high = 1048576: allowed is at least mem_low, 2097152"),
+        (LEAST + "[udp]\nmem_high = 'much'\n", '[udp] mem_high = "much": allowed is bytes, or a string with a unit'),
         (LEAST + "[tcp]\nretries2 = 0\n", "[tcp] retries2 = 0: allowed is more than 0"),
         (LEAST + "[tcp]\nretries2 = 1.5\n", "[tcp] retries2 = 1.5: allowed is an integer"),
         (LEAST.replace("/24", ""), '[[address]] number 1, address = "10.77.0.2": allowed is an IPv4 address with its prefix'),

@@ -233,8 +233,10 @@ ASCENDING: Final = (
     ("rmem_min", "rmem_default", "rmem_max"),
     ("wmem_min", "wmem_default", "wmem_max"),
     ("mem_low", "mem_pressure", "mem_high"),
+    ("rto_min", "rto_max"),
+    ("initial_rto", "rto_max"),
 )
-"""Limits of [tcp] and [udp] none of which may be more than the next, as far as a section has them and they are not 0."""
+"""Settings of [tcp] and [udp] none of which may be more than the next, as far as a section has them and they are not 0."""
 
 
 class Config(Section):
@@ -303,7 +305,7 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 def _descents(name: str, section: Section) -> Iterator[str]:
-    """Limits of `section` that are not in the order in which they come into force. What the file says is blamed, not what is a
+    """Settings of `section` that must not be more than others, and are. What the file says is blamed, not what is a
     default.
     """
     for limits in ASCENDING:

@@ -18,7 +18,7 @@ under pressure as well from the moment that free pages fall below `low` until th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pools.arena import PAGE_MASK, PAGE_SHIFT
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pools.buddy import PageAllocator
+
+GROWTH_MIN: Final = 131072
+"""Bytes up to which the limits of a socket may grow however little memory there is."""
 
 Limits = tuple[int, int, int]
 """Pages: low, pressure, high."""
@@ -95,6 +98,12 @@ class ProtocolMemory:
         """Whether sockets are to hold back: the protocol's own figure, or the arena (tcp_under_memory_pressure)."""
         return self.over_pressure or self.pages.under_pressure
 
+    def most_for_one(self) -> int:
+        """Bytes of truesize beyond which no limit of a socket grows by itself: a quarter of `low`, so that one socket alone
+        never brings pressure. (Linux sets tcp_rmem[2] and tcp_wmem[2] to 1/128 of memory at most when it starts, tcp_init.)
+        """
+        return max(self.low << (PAGE_SHIFT - 2), GROWTH_MIN)
+
     def give(self, pages: int) -> None:
         """`pages` come back (__sk_mem_reduce_allocated, which ends pressure as soon as the figure is below `low`)."""
         self.allocated -= pages
@@ -111,17 +120,18 @@ class ProtocolMemory:
                 self._set_pressure(False)
             granted = not self.pages.under_pressure or (self.has_pressure and self._within_share(total))
         else:
-            if allocated > self.pressure:
-                self.enter_pressure()
+            pressed = self.over_pressure or allocated > self.pressure
             granted = (
                 allocated <= self.high
                 and self.has_pressure
-                and (not (self.over_pressure or self.pages.under_pressure) or self._within_share(total))
+                and (not (pressed or self.pages.under_pressure) or self._within_share(total))
             )
         if granted or held < minimum:
             self.take_over(pages)
-            return True
-        return False
+            granted = True
+        if allocated > self.pressure:
+            self.enter_pressure()
+        return granted
 
     def take_over(self, pages: int) -> None:
         """Take `pages` whatever the limits say (sk_forced_mem_schedule)."""
@@ -130,8 +140,11 @@ class ProtocolMemory:
             self.peak = self.allocated
 
     def enter_pressure(self) -> None:
-        """Pressure begins: the figure is above `pressure`, or a send buffer could not be had (tcp_enter_memory_pressure)."""
-        if self.has_pressure and not self.over_pressure:
+        """Pressure begins: the figure is above `pressure`, or a send buffer could not be had (tcp_enter_memory_pressure).
+
+        But not below `low`, where nothing might come that ends it; it is the arena then that is short.
+        """
+        if self.has_pressure and not self.over_pressure and self.allocated >= self.low:
             self._set_pressure(True)
 
     def _within_share(self, total: int) -> bool:

@@ -24,14 +24,15 @@ from ustack.transport.tcp.send_queue import SendQueue
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pools.base import Pool
     from ustack.link.rxring import RxFrame, RxRing
 
 STREAM = Random(7).randbytes(200_000)
 HEADERS = 54
 
 
-def make_memory(pages: int = 1024) -> SkbMemory:
-    memory = SkbMemory(leaks.watch_pool(KmallocPool(PageAllocator(Arena(pages)))))
+def make_memory(pages: int = 1024, pool: type[Pool] = KmallocPool) -> SkbMemory:
+    memory = SkbMemory(leaks.watch_pool(pool(PageAllocator(Arena(pages)))))
     leaks.watch(lambda: [f"{memory.live} skbs"] if memory.live else [])
     return memory
 
@@ -52,8 +53,14 @@ def make_charges(memory: SkbMemory) -> SocketMemory:
 class Arrivals:
     """A receive queue and the ring from which it is filled; the stream begins at 0."""
 
-    def __init__(self, ring: Callable[[SkbMemory, int], RxRing] = PagedRing, pages: int = 1024) -> None:
-        self.memory = make_memory(pages)
+    def __init__(
+        self,
+        ring: Callable[[SkbMemory, int], RxRing] = PagedRing,
+        pages: int = 1024,
+        pool: type[Pool] = KmallocPool,
+        memory: SkbMemory | None = None,
+    ) -> None:
+        self.memory = memory or make_memory(pages, pool)
         self.ring = ring(self.memory, 1514)
         self.queue = ReceiveQueue(self.memory, make_charges(self.memory), 0)
         self.rcv_nxt = 0

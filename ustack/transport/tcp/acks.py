@@ -122,7 +122,7 @@ def _grow_send_limit(conn: Connection) -> None:
     mem = conn.tcp.mem
     if not conn.options.memalloc and (mem.under_pressure() or mem.allocated >= mem.low):
         return  # tcp_should_expand_sndbuf
-    wanted = min(2 * conn.cc.cwnd + (conn.cc.cwnd >> 1), conn.tcp.config.wmem_max)
+    wanted = min(2 * conn.cc.cwnd + (conn.cc.cwnd >> 1), conn.tcp.config.wmem_max, mem.most_for_one())
     conn.sndbuf = max(conn.sndbuf, wanted)
 
 

@@ -2,8 +2,8 @@
 
 An skb is bloated when less than half of its truesize is payload: short segments in buffers for long ones, or an skb of which
 most has been read. A run of bloated skbs is worth copying when the pages that it needs, and their heads, are less than what it
-holds. The copy is made a page at a time, and what has been copied is freed before the next page is asked for, so that one free
-page is enough to begin. An ordinary socket's pages never come from the reserve: that is what `gfp` says.
+holds. The copy is made a page at a time, and what has been copied is freed before the next page is asked for, so that little
+free memory is enough to begin. An ordinary socket's pages never come from the reserve: that is what `gfp` says.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class TcpConfig:
     rmem_default: int = 131072
     """Initial receive limit in bytes of truesize (tcp_rmem[1])."""
     rmem_max: int = 6 << 20
-    """Receive limit in bytes up to which autotuning goes (tcp_rmem[2])."""
+    """Receive limit in bytes up to which autotuning goes (tcp_rmem[2]); a quarter of `mem_low` if that is less."""
     wmem_min: int = 4096
     """Bytes of truesize that a socket may queue to send even when all connections together are over `mem_high`
     (tcp_wmem[0]).
@@ -24,7 +24,7 @@ class TcpConfig:
     wmem_default: int = 65536
     """Initial send limit in bytes of truesize; Linux starts with 16384 and grows at once to what the initial window needs."""
     wmem_max: int = 4 << 20
-    """Send limit in bytes up to which autotuning goes (tcp_wmem[2])."""
+    """Send limit in bytes up to which autotuning goes (tcp_wmem[2]); a quarter of `mem_low` if that is less."""
     mem_low: int = 0
     """Bytes of truesize that all connections together hold when pressure ends (tcp_mem[0], which counts pages); 0: half of
     `mem_high`.

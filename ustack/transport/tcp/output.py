@@ -164,7 +164,7 @@ def _adjust_receive_limit(conn: Connection) -> None:
     if read > conn.rcvq_space:
         wanted = 2 * read + 16 * conn.adv_mss
         wanted += 2 * wanted * (read - conn.rcvq_space) // conn.rcvq_space
-        limit = min((wanted << 8) // conn.win_ratio, conn.tcp.config.rmem_max)
+        limit = min((wanted << 8) // conn.win_ratio, conn.tcp.config.rmem_max, conn.tcp.mem.most_for_one())
         conn.rcvbuf = max(conn.rcvbuf, limit)
         conn.rcvq_space = read
     conn.rcvq_seq = conn.receive_queue.copied_seq

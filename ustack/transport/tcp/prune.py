@@ -85,7 +85,7 @@ def _clamp_window(conn: Connection) -> None:
     conn.quick_acks = 0
     held = conn.receive_queue.truesize
     mem = conn.tcp.mem
-    most = conn.tcp.config.rmem_max
+    most = min(conn.tcp.config.rmem_max, mem.most_for_one())
     if conn.rcvbuf < most and not conn.options.rcvbuf and mem.allocated < mem.low and not conn.under_pressure():
         conn.rcvbuf = min(held, most)
     if held > conn.rcvbuf:
