@@ -17,6 +17,7 @@ from pools.base import by_name
 from pools.buddy import PageAllocator
 from ustack.aio.pump import Pump
 from ustack.aio.streams import open_connection, start_server
+from ustack.aio.tls import start_tls
 from ustack.aio.transport import create_connection, create_server
 from ustack.drops import Drops
 from ustack.env import Env
@@ -35,6 +36,7 @@ from ustack.transport.udp import Udp, UdpConfig
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable
+    from ssl import SSLContext
     from typing import Any, Self
 
     from ustack.link.device import Device
@@ -203,6 +205,12 @@ class Stack:
     ) -> asyncio.AbstractServer:
         """Like `asyncio.start_server`, over this stack; `host` None listens on every address."""
         return await start_server(self, client_connected, host, port, **options)
+
+    async def start_tls(
+        self, transport: asyncio.Transport, protocol: asyncio.BaseProtocol, context: SSLContext, **options: Any
+    ) -> asyncio.Transport:
+        """Like `loop.start_tls`, for a transport of this stack; see `aio.tls.start_tls`."""
+        return await start_tls(transport, protocol, context, **options)
 
     # -- life --
 

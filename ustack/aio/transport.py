@@ -12,11 +12,13 @@ import socket as names
 from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
+from ustack.aio.tls import TlsOptions, handshake, tls_protocol
 from ustack.socket import Host, Socket
 from ustack.transport.events import READABLE, SHUT_WR, WRITABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from ssl import SSLContext
 
     from ustack.skb import Buffer
 
@@ -36,6 +38,8 @@ class SocketMaker(Host, Protocol):
 
 class StreamTransport(asyncio.Transport):
     """A connected stream socket as an asyncio transport. The protocol may be a Protocol or a BufferedProtocol."""
+
+    _start_tls_compatible = True  # asyncio's own loops ask; on uvloop there is Stack.start_tls
 
     __slots__ = (
         "_buffered",
@@ -295,6 +299,10 @@ class StreamTransport(asyncio.Transport):
         """Close at once with a reset; what waits is lost."""
         self._end(None, reset=True)
 
+    def _force_close(self, error: Exception | None) -> None:
+        """What `asyncio.sslproto` calls when TLS has failed."""
+        self._end(error, reset=True)
+
 
 class Server(asyncio.AbstractServer):
     """A listening socket whose connections get a protocol each."""
@@ -369,12 +377,29 @@ async def create_connection(
     *,
     local_addr: tuple[str, int] | None = None,
     memalloc: bool = False,
+    ssl: SSLContext | bool | None = None,
+    server_hostname: str | None = None,
+    ssl_handshake_timeout: int | None = None,
+    ssl_shutdown_timeout: int | None = None,
 ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
     """Connect to `host` and `port` over `stack` and give the connection to a protocol (`loop.create_connection`).
 
-    `memalloc` lets the socket use the reserve, from its SYN on. Raises what `Socket.connect` raises.
+    `memalloc` lets the socket use the reserve, from its SYN on. With `ssl` the protocol gets a TLS transport; True is a context
+    with the defaults, and the name that is checked is `server_hostname`, or else `host`. Raises what `Socket.connect` and the
+    handshake raise.
     """
     loop = asyncio.get_running_loop()
+    tls = None
+    if ssl:
+        tls = TlsOptions(
+            ssl,
+            server_side=False,
+            server_hostname=host if server_hostname is None else server_hostname,
+            handshake_timeout=ssl_handshake_timeout,
+            shutdown_timeout=ssl_shutdown_timeout,
+        )
+    elif server_hostname is not None:
+        raise ValueError("server_hostname is only meaningful with ssl")
     sock = stack.socket()
     try:
         sock.setsockopt(names.IPPROTO_TCP, names.TCP_NODELAY, 1)
@@ -383,12 +408,18 @@ async def create_connection(
             sock.bind(local_addr)
         await sock.connect((host, port))
         protocol = protocol_factory()
-        transport = StreamTransport(loop, sock, protocol)
-        transport.start()
+        if tls is not None:
+            return await handshake(protocol, tls, lambda secured: _started(loop, sock, secured)), protocol
+        return _started(loop, sock, protocol), protocol
     except BaseException:
         sock.close()
         raise
-    return transport, protocol
+
+
+def _started(loop: asyncio.AbstractEventLoop, sock: Socket, protocol: asyncio.BaseProtocol) -> StreamTransport:
+    transport = StreamTransport(loop, sock, protocol)
+    transport.start()
+    return transport
 
 
 async def create_server(
@@ -399,10 +430,21 @@ async def create_server(
     *,
     backlog: int = 100,
     reuse_address: bool = True,
+    ssl: SSLContext | None = None,
+    ssl_handshake_timeout: int | None = None,
+    ssl_shutdown_timeout: int | None = None,
 ) -> Server:
-    """Listen on `host` (None: every address) and `port` (0: any) over `stack`; each connection gets a protocol
-    (`loop.create_server`).
+    """Listen on `host` (None: every address) and `port` (0: any) over `stack`; each connection gets a protocol, with a TLS
+    transport when there is an `ssl` context (`loop.create_server`).
     """
+    loop = asyncio.get_running_loop()
+    factory = protocol_factory
+    if ssl is not None:
+        tls = TlsOptions(ssl, server_side=True, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
+
+        def factory() -> asyncio.BaseProtocol:
+            return tls_protocol(loop, protocol_factory(), tls)
+
     sock = stack.socket()
     try:
         sock.setsockopt(names.SOL_SOCKET, names.SO_REUSEADDR, reuse_address)
@@ -411,6 +453,6 @@ async def create_server(
     except BaseException:
         sock.close()
         raise
-    server = Server(asyncio.get_running_loop(), sock, protocol_factory)
+    server = Server(loop, sock, factory)
     sock.watch(server.accept_waiting)
     return server
