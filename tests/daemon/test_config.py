@@ -41,6 +41,7 @@ size = "16M"
 reserve = "512K"
 lock = true
 [tcp]
+rmem_max = "1M"
 mem_high = "4M"
 sack = false
 rto_min = 1
