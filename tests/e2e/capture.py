@@ -53,6 +53,27 @@ class Capture:
         with self.path.open("rb") as file:
             return [frame for _, frame in dpkt.pcap.UniversalReader(file)]
 
+    def anomalies(self, source: str) -> list[str]:
+        """What a protocol analyser flags in the TCP segments from `source`: sent again, out of order, unseen, and the like. A
+        full window, a closed one and keepalives are no anomalies.
+        """
+        flags = (
+            "retransmission",
+            "fast_retransmission",
+            "spurious_retransmission",
+            "out_of_order",
+            "lost_segment",
+            "ack_lost_segment",
+        )
+        wanted = " or ".join(f"tcp.analysis.{flag}" for flag in flags)
+        shark = subprocess.run(
+            [require_tool("tshark"), "-n", "-r", str(self.path), "-Y", f"ip.src == {source} and ({wanted})"],
+            capture_output=True,
+            timeout=300,
+        )
+        assert shark.returncode == 0, shark.stderr.decode()
+        return shark.stdout.decode().splitlines()
+
     def complaints(self, offload: bool = False) -> list[Complaint]:
         """Every malformed frame and every wrong checksum that tshark finds.
 

@@ -11,6 +11,7 @@ import pytest_asyncio
 import uvloop
 
 from tests import leaks
+from ustack.lab.impaired import ImpairedTap
 from ustack.link.tap import TapDevice
 from ustack.stack import Stack
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pytest
 
     from tests.netns import Namespace
+    from ustack.link.simwire import Impairments
     from ustack.socket import Socket
 
 OURS: Final = "10.77.0.2"
@@ -32,8 +34,18 @@ PROBES: Final = frozenset({"TCP_OLD_DATA"})
 class StackOnTap(Protocol):
     """Makes a running stack with the address OURS on `tap0`, where the kernel of `netns` has the address KERNEL."""
 
-    async def __call__(self, *, mode: str = "paged", offload: bool = True, mtu: int = 1500, **options: Any) -> Stack:
-        """`mode`, `offload`: see TapDevice; `options`: see Stack; `mtu` in bytes, of both sides."""
+    async def __call__(
+        self,
+        *,
+        mode: str = "paged",
+        offload: bool = True,
+        mtu: int = 1500,
+        wire: tuple[Impairments, int] | None = None,
+        **options: Any,
+    ) -> Stack:
+        """`mode`, `offload`: see TapDevice; `options`: see Stack; `mtu` in bytes, of both sides. `wire`: what happens to frames
+        in both directions, and the seed of that.
+        """
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -55,7 +67,14 @@ async def stack_on_tap(netns: Namespace) -> AsyncIterator[StackOnTap]:
 
     async with AsyncExitStack() as running:
 
-        async def make(*, mode: str = "paged", offload: bool = True, mtu: int = 1500, **options: Any) -> Stack:
+        async def make(
+            *,
+            mode: str = "paged",
+            offload: bool = True,
+            mtu: int = 1500,
+            wire: tuple[Impairments, int] | None = None,
+            **options: Any,
+        ) -> Stack:
             netns.sysctl("net.ipv6.conf.default.disable_ipv6", 1)
             netns.netlink(lambda ip: ip.link("add", ifname="tap0", kind="tuntap", mode="tap"))
             netns.set_up("tap0", f"{KERNEL}/24", mtu=mtu)
@@ -63,7 +82,13 @@ async def stack_on_tap(netns: Namespace) -> AsyncIterator[StackOnTap]:
             leaks.watch(lambda: held_by(stack))
             leaks.watch_pool(stack.pool)
             await running.enter_async_context(stack)
-            stack.add_interface(netns.open(TapDevice, "tap0", mode=mode, offload=offload), f"{OURS}/24")
+            tap = netns.open(TapDevice, "tap0", mode=mode, offload=offload and wire is None)
+            if wire is None:
+                stack.add_interface(tap, f"{OURS}/24")
+            else:
+                behind = ImpairedTap(tap, wire[0], seed=wire[1])
+                stack.add_interface(behind, f"{OURS}/24")
+                behind.start(stack)
             # A link whose carrier has just come loses what is sent to it until the kernel has noticed.
             await until(lambda: netns.netlink(lambda ip: ip.link("get", ifname="tap0"))[0].get("operstate") == "UP")
             return stack

@@ -6,52 +6,22 @@ again, to an iperf3 server that is on the kernel's side as well. Every byte pass
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.e2e.conftest import KERNEL, OURS
 from tests.e2e.peers import iperf3, iperf3_server
+from tests.e2e.relay import relay
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from tests.e2e.conftest import StackOnTap
     from tests.netns import Namespace
-    from ustack.stack import Stack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])]
 
 PORT = 5201
 MEGABYTE = 1 << 20
-
-
-async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Everything from `reader` to `writer`, and the end of the stream."""
-    try:
-        while data := await reader.read(1 << 18):
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()
-    except ConnectionError:  # iperf3's way to end a test: it closes without reading all
-        writer.transport.abort()
-
-
-@asynccontextmanager
-async def relay(stack: Stack) -> AsyncIterator[None]:
-    """Our port PORT leads to the kernel's."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        onward_reader, onward_writer = await stack.open_connection(KERNEL, PORT)
-        await asyncio.gather(forward(reader, onward_writer), forward(onward_reader, writer))
-        onward_writer.close()
-        writer.close()
-
-    server = await stack.start_server(serve, None, PORT)
-    yield
-    server.close()
 
 
 @pytest.mark.parametrize("mode", ["paged", "linear"])
@@ -61,7 +31,7 @@ async def test_iperf3_sends_through_us(
     stack_on_tap: StackOnTap, netns: Namespace, mode: str, offload: bool, direction: list[str]
 ) -> None:
     stack = await stack_on_tap(mode=mode, offload=offload)
-    async with iperf3_server(netns, KERNEL, PORT), relay(stack):
+    async with iperf3_server(netns, KERNEL, PORT), relay(stack, PORT):
         measured = await iperf3(netns, OURS, *direction, size=20 * MEGABYTE)
     assert measured.sent >= 20 * MEGABYTE
     assert measured.received > 0
@@ -69,13 +39,13 @@ async def test_iperf3_sends_through_us(
 
 async def test_iperf3_with_parallel_streams_both_ways_at_once(stack_on_tap: StackOnTap, netns: Namespace) -> None:
     stack = await stack_on_tap()
-    async with iperf3_server(netns, KERNEL, PORT), relay(stack):
+    async with iperf3_server(netns, KERNEL, PORT), relay(stack, PORT):
         measured = await iperf3(netns, OURS, "--bidir", "-P", "4", seconds=2)
     assert measured.received > MEGABYTE
 
 
 async def test_iperf3_with_small_writes(stack_on_tap: StackOnTap, netns: Namespace) -> None:
     stack = await stack_on_tap()
-    async with iperf3_server(netns, KERNEL, PORT), relay(stack):
+    async with iperf3_server(netns, KERNEL, PORT), relay(stack, PORT):
         measured = await iperf3(netns, OURS, "-N", "-l", "200", size=MEGABYTE)
     assert measured.sent >= MEGABYTE

@@ -36,8 +36,11 @@ SUPER_FRAME: Final = ETH_HLEN + ipv4.TOTAL_MAX
 class Scheduler(Protocol):
     """Virtual time, as `lab.world.World` provides it."""
 
-    now: float
     random: Random
+
+    @property
+    def now(self) -> float:
+        """Seconds."""
 
     def at(self, when: float, callback: Callable[[], None]) -> None:
         """Call `callback` at `when` (seconds)."""
