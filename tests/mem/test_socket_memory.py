@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pools.arena import PAGE_SIZE, Arena
 from pools.buddy import PageAllocator
+from pools.gfp import ATOMIC
 from ustack.mem.protocol import ProtocolMemory
 from ustack.mem.socket import SocketMemory
 from ustack.skb import Account
@@ -88,6 +89,23 @@ def test_a_memalloc_socket_passes_every_limit() -> None:
     assert protocol.allocated == 14
     socket.receive.uncharge(55_000)
     assert protocol.allocated == 0
+
+
+def test_below_low_nobody_needs_to_ask() -> None:
+    protocol = make_protocol(10, 20, 30)
+    socket = make_socket(protocol)
+    assert socket.ample(8 * PAGE_SIZE)
+    assert not socket.ample(9 * PAGE_SIZE), "two pages more are reckoned with"
+    socket.receive.charge(8 * PAGE_SIZE)
+    assert socket.ample(0)
+    assert not socket.ample(PAGE_SIZE)
+    socket.receive.uncharge(8 * PAGE_SIZE)
+    owner = protocol.pages.owner_id("somebody else")
+    starved = make_protocol(10, 20, 30)
+    starved.pages.set_min_pages(16)
+    while not starved.pages.under_pressure:
+        starved.pages.alloc(0, ATOMIC, owner)
+    assert not make_socket(starved).ample(0)
 
 
 def test_in_order_at_last_it_costs_what_it_did() -> None:

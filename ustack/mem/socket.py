@@ -89,6 +89,14 @@ class SocketMemory:
         """Bytes of truesize received and not read."""
         return self.receive.bytes + self.ofo.bytes
 
+    def ample(self, size: int) -> bool:
+        """Whether a packet with `size` bytes of payload may be charged without asking: below `low` and without pressure every
+        page is granted, and charging takes them.
+        """
+        mem = self.protocol
+        most = mem.allocated + ((size + 2 * PAGE_SIZE) >> PAGE_SHIFT)
+        return most <= mem.low and not (mem.over_pressure or mem.pages.under_pressure)
+
     def rmem_schedule(self, size: int, critical: bool) -> bool:
         """Make sure that a packet of truesize `size` may be charged to the receive side; false when it must not.
 

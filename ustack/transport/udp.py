@@ -398,12 +398,13 @@ class UdpSocket:
             self._mib.UdpRcvbufErrors += 1
             self._refuse(DropReason.SOCKET_RCVBUFF)
             return None
-        truesize = frame.truesize(packet.l4, length) if twin is None else twin.truesize
         charges = self.charges
-        if truesize > charges.forward_alloc and not charges.rmem_schedule(truesize, options.memalloc):
-            self._mib.UdpMemErrors += 1
-            self._refuse(DropReason.PROTO_MEM)
-            return None
+        if not charges.ample(length):
+            truesize = frame.truesize(packet.l4, length) if twin is None else twin.truesize
+            if not charges.rmem_schedule(truesize, options.memalloc):
+                self._mib.UdpMemErrors += 1
+                self._refuse(DropReason.PROTO_MEM)
+                return None
         gfp = MEMALLOC if options.memalloc else ATOMIC
         skb = self._udp.env.memory.clone(twin, gfp) if twin is not None else frame.keep(packet.l4, length, gfp)
         if skb is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
-from pools.arena import PAGE_SHIFT, PAGE_SIZE
+from pools.arena import PAGE_SIZE
 from ustack.drops import DropReason
 from ustack.transport.events import ORPHAN, READABLE, SHUT_RD
 from ustack.transport.tcp import output
@@ -254,12 +254,9 @@ def _take(conn: Connection, segment: ArrivingSegment, offset: int, size: int) ->
             return None
     charges = conn.charges
     reason = None
-    mem = charges.protocol
     if charges.receive.bytes + charges.ofo.bytes > conn.rcvbuf or (
-        size + PAGE_SIZE > charges.forward_alloc
-        and (mem.allocated + ((size + 2 * PAGE_SIZE) >> PAGE_SHIFT) > mem.low or mem.over_pressure or mem.pages.under_pressure)
+        size + PAGE_SIZE > charges.forward_alloc and not charges.ample(size)
     ):
-        # Below `low` and without pressure every page is granted, and charging the skb takes them.
         reason = make_room(conn, conn.rcv_nxt, queue.truesize_of(frame, offset, size))
         if reason is not None and not queue.queue:
             reason = None  # one segment always: who has nothing to read would wait for ever (sk_forced_mem_schedule)
