@@ -99,6 +99,22 @@ class Arrivals:
 
 
 @pytest.mark.parametrize("ring", [PagedRing, LinearRing])
+def test_short_segments_beyond_a_hole_share_buffers(ring: Callable[[SkbMemory, int], RxRing]) -> None:
+    """Or a peer could make every byte cost a head, a buffer and a place in the queue (CVE-2018-5390)."""
+    arrivals = Arrivals(ring)
+    for seq in range(1000, 9000):
+        arrivals.arrive(seq, seq + 1)
+    queue = arrivals.queue
+    assert len(queue.ofo) <= 4
+    assert queue.ofo_account.bytes <= 4 * (4096 + 256)
+    assert queue.sack_blocks(4) == [(1000, 9000)]
+    arrivals.check()
+    arrivals.arrive(0, 1000)
+    assert arrivals.rcv_nxt == 9000
+    arrivals.close()
+
+
+@pytest.mark.parametrize("ring", [PagedRing, LinearRing])
 @settings(deadline=None, max_examples=60)
 @given(
     pieces=st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 1460)), max_size=60),

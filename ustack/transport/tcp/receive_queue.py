@@ -119,15 +119,28 @@ class ReceiveQueue:
         if covered == index and start >= stop:
             self._note(seq)
             return None
-        skb = frame.keep(offset + start - seq, stop - start, gfp)
-        if skb is None:
-            return False
-        skb.seq = start
-        skb.end_seq = stop
-        skb.charge_to(self.ofo_account)
+        length = stop - start
+        joins = index > 0 and length <= SMALL and ofo[index - 1].end_seq == start
+        if joins and ofo[index - 1].tailroom >= length:  # tcp_ooo_try_coalesce
+            left = ofo[index - 1]
+            for view in frame.views(offset + start - seq, length):
+                left.put(view)
+            left.end_seq = stop
+            fresh = []
+        else:
+            skb = self.memory.alloc(SHARED_BUFFER, gfp) if joins else frame.keep(offset + start - seq, length, gfp)
+            if skb is None:
+                return False
+            if joins:
+                for view in frame.views(offset + start - seq, length):
+                    skb.put(view)
+            skb.seq = start
+            skb.end_seq = stop
+            skb.charge_to(self.ofo_account)
+            fresh = [skb]
         for old in ofo[index:covered]:
             old.free()
-        ofo[index:covered] = [skb]
+        ofo[index:covered] = fresh
         self.ofo_changed = True
         self._note(seq)
         return True
