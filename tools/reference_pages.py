@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write the pages of docs/reference that follow from the code: drop reasons, counters, socket options, settings of TCP.
+"""Write the pages of docs/reference that follow from the code: drop reasons, counters, socket options, settings of TCP and
+UDP.
 
     tools/reference_pages.py
 
@@ -29,6 +30,7 @@ from ustack.socket_options import GETTERS, SETTERS
 from ustack.stack import Stack
 from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.tcp.fastopen import CLIENT, SERVER
+from ustack.transport.udp import UdpConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -205,16 +207,32 @@ Files are those of `ustack/`. A counter that "{NOWHERE}" counts is there because
 
 def tcp_settings() -> str:
     """The page of `TcpConfig`."""
-    docs = attribute_docs(TcpConfig)
-    rows = [[f"`{field.name}`", f"{_value(field.default, docs[field.name])}", docs[field.name]] for field in fields(TcpConfig)]
     return f"""# Settings of TCP
 
 The limits and times that people argue about: the fields of `TcpConfig` in `ustack/transport/tcp/config.py`. A program hands
 one to its stack, `Stack(tcp=TcpConfig(time_wait=1.0))`; the daemon's [configuration file](configuration.md) has them in its
 section `[tcp]`. Names are those of the Linux sysctls `net.ipv4.tcp_*` where there is one.
 
-{_table(["setting", "default", "what it is"], rows)}
+{_settings(TcpConfig)}
 """
+
+
+def udp_settings() -> str:
+    """The page of `UdpConfig`."""
+    return f"""# Settings of UDP
+
+The fields of `UdpConfig` in `ustack/transport/udp.py`. A program hands one to its stack, `Stack(udp=UdpConfig(...))`; the
+daemon's [configuration file](configuration.md) has them in its section `[udp]`.
+[Limits and pressure](../explanation/limits-and-pressure.md) says how they work.
+
+{_settings(UdpConfig)}
+"""
+
+
+def _settings(config: type) -> str:
+    docs = attribute_docs(config)
+    rows = [[f"`{field.name}`", f"{_value(field.default, docs[field.name])}", docs[field.name]] for field in fields(config)]
+    return _table(["setting", "default", "what it is"], rows)
 
 
 def _value(value: object, doc: str) -> str:
@@ -317,6 +335,7 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "counters.md": counters,
     "socket-options.md": socket_options,
     "tcp-settings.md": tcp_settings,
+    "udp-settings.md": udp_settings,
 }
 
 
