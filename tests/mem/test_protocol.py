@@ -167,6 +167,7 @@ def test_default_limits_are_in_linux_s_proportions() -> None:
         ((0, 20, 60), (20, 20, 60)),
         ((50, 0, 60), (40, 40, 60)),
         ((1, 2, 3), (1, 2, 3)),
+        ((0, 0, 1), (1, 1, 1)),
     ],
 )
 def test_what_is_not_said_follows_from_what_is(given: tuple[int, int, int], limits: tuple[int, int, int]) -> None:

@@ -43,8 +43,8 @@ def limits_for(pages: PageAllocator, limits: Limits, eighths: int) -> Limits:
     """
     low, pressure, high = limits
     high = high or max((pages.pages - pages.high_pages) * eighths // 8, 1)
-    pressure = min(pressure or high * 2 // 3, high)
-    return min(low or high // 2, pressure), pressure, high
+    pressure = max(min(pressure or high * 2 // 3, high), 1)
+    return max(min(low or high // 2, pressure), 1), pressure, high  # of no pages pressure would never end
 
 
 def pages_of(nbytes: int) -> int:

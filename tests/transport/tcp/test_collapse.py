@@ -214,3 +214,17 @@ def test_a_clone_keeps_the_pages_that_have_been_read() -> None:
     assert skb.truesize == twin.truesize
     skb.free()
     twin.free()
+
+
+def test_pages_of_out_of_order_data_that_came_again_are_given_back() -> None:
+    memory = make_memory()
+    arrivals = Arrivals(lambda memory, _: PagedRing(memory, 65549), memory=memory)
+    arrivals.arrive(1000, 61_000)
+    queue = arrivals.queue
+    whole = queue.ofo_account.bytes
+    arrivals.arrive(0, 40_000)
+    in_pages = 39_000 - (2048 - HEADERS)
+    assert queue.queue[1].truesize == whole - in_pages // PAGE_SIZE * PAGE_SIZE
+    assert waiting(arrivals) == STREAM[:61_000]
+    arrivals.check()
+    arrivals.close()

@@ -190,6 +190,7 @@ class ReceiveQueue:
             if skb.seq < rcv_nxt:
                 skb.pull(rcv_nxt - skb.seq)
                 skb.seq = rcv_nxt
+                skb.release_front()
             rcv_nxt = skb.end_seq
             self.charges.accept_in_order(skb.truesize)
             skb.account = self.account
