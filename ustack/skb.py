@@ -415,7 +415,7 @@ class SkbMemory:
         twin.pfns = skb.pfns
         twin.len = skb.len
         twin.truesize = skb.truesize
-        twin.pfmemalloc = skb.pfmemalloc
+        twin.pfmemalloc |= skb.pfmemalloc
         twin.seq, twin.end_seq, twin.flags, twin.sent_at, twin.peer = skb.seq, skb.end_seq, skb.flags, skb.sent_at, skb.peer
         return twin
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ustack.net.ipv4 import IpPacket, Ipv4
     from ustack.skb import Buffer, Skb
 
+MemallocOwner = Callable[[bytes, bytes, bytes], bool]
+"""`owner(src, dst, quoted)` of a protocol: whether the packet that an error is about was sent by a memalloc socket."""
+
 ErrorHandler = Callable[[int, int, int, bytes, bytes, bytes], bool]
 """`handler(type, code, mtu, src, dst, quoted)` of a protocol: an error about a packet that we sent from `src` to `dst`.
 
@@ -46,9 +49,11 @@ _ERRORS: Final = (icmp.ICMP_DEST_UNREACH, icmp.ICMP_TIME_EXCEEDED, icmp.ICMP_PAR
 
 
 class Icmp:
-    """ICMP of one stack. `error_handlers` maps an IP protocol to who is told of errors about its packets."""
+    """ICMP of one stack. `error_handlers` maps an IP protocol to who is told of errors about its packets, `memalloc_owners` to
+    who knows for an error in a buffer from the reserve whether it may be handled. Everything else in such a buffer is dropped.
+    """
 
-    __slots__ = ("_drops", "_echoes", "_ipv4", "_mib", "_refilled", "_tokens", "error_handlers")
+    __slots__ = ("_drops", "_echoes", "_ipv4", "_mib", "_refilled", "_tokens", "error_handlers", "memalloc_owners")
 
     def __init__(self, ipv4_layer: Ipv4) -> None:
         self._ipv4 = ipv4_layer
@@ -58,6 +63,7 @@ class Icmp:
         self._refilled = ipv4_layer.env.timers.now
         self._echoes: dict[int, Echo] = {}
         self.error_handlers: dict[int, ErrorHandler] = {ipv4.IPPROTO_ICMP: self._on_echo_error}
+        self.memalloc_owners: dict[int, MemallocOwner] = {}
 
     # -- in --
 
@@ -72,6 +78,9 @@ class Icmp:
             self._refuse(DropReason.ICMP_CSUM)
             return
         kind, code, checksum, word0, word1 = icmp.HEADER.unpack_from(frame.head, packet.l4)
+        if frame.pfmemalloc and kind not in _ERRORS:
+            self._drops.count(DropReason.PFMEMALLOC)
+            return
         if kind == icmp.ICMP_ECHO and not packet.broadcast:
             self._mib.IcmpInEchos += 1
             self._reply(packet, checksum, word0, word1)
@@ -120,6 +129,11 @@ class Icmp:
         if len(l4) < 8 or (frag_needed and mtu and not ipv4.MIN_MTU <= mtu < quoted.total):
             self._refuse(DropReason.ICMP_MALFORMED)
             return
+        if packet.frame.pfmemalloc:
+            owner = self.memalloc_owners.get(quoted.protocol)
+            if owner is None or not owner(quoted.src, quoted.dst, l4):
+                self._drops.count(DropReason.PFMEMALLOC)
+                return
         handler = self.error_handlers.get(quoted.protocol)
         usable = max(mtu, PMTU_MIN) if frag_needed else 0
         if handler is None or not handler(kind, code, usable, quoted.src, quoted.dst, l4):

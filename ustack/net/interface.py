@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 _DST_AND_TYPE: Final = Struct("!6s6xH")
 
+RESERVE_PROTOCOLS: Final = frozenset({ethernet.ETH_P_ARP, ethernet.ETH_P_IP, ethernet.ETH_P_IPV6, ethernet.ETH_P_8021Q})
+"""Ethertypes that a frame in a buffer from the reserve may have (skb_pfmemalloc_protocol): what a memalloc socket's peer can
+be reached by.
+"""
+
 
 def check_host(address: bytes, prefix_len: int) -> None:
     """Raise ValueError, which says why, unless an interface can have the packed IPv4 `address` in a network of `prefix_len`
@@ -93,6 +98,9 @@ class Interface:
         dst, ethertype = _DST_AND_TYPE.unpack_from(frame.head)
         if dst != self._mac and not dst[0] & 1:
             self._drops.count(DropReason.OTHERHOST)
+            return
+        if frame.pfmemalloc and ethertype not in RESERVE_PROTOCOLS:
+            self._drops.count(DropReason.PFMEMALLOC)
             return
         handler = self.handlers.get(ethertype)
         if handler is None:

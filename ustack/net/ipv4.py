@@ -176,7 +176,8 @@ class Ipv4:
             self._drops.count(DropReason.IP_INADDRERRORS)
             return
         if frag & _FRAGMENT:
-            self._drops.count(DropReason.FRAGMENT)
+            # Nobody knows whose a fragment is before all have come, so the reserve holds none.
+            self._drops.count(DropReason.PFMEMALLOC if frame.pfmemalloc else DropReason.FRAGMENT)
             return
         packet = self._packet
         packet.interface = interface
@@ -192,6 +193,9 @@ class Ipv4:
         packet.broadcast = broadcast
         handler = self.protocols.get(proto)
         if handler is None:
+            if frame.pfmemalloc:
+                self._drops.count(DropReason.PFMEMALLOC)  # IGMP, for one: there are no memalloc sockets for it
+                return
             self._drops.count(DropReason.IP_NOPROTO)
             self.icmp.send_unreachable(packet, ICMP_PROT_UNREACH)
             return

@@ -55,6 +55,9 @@ STATE_NAMES: Final = {
 }
 """The states as `ip neighbour` prints them; the values are those of linux/neighbour.h."""
 
+RESERVE_FRAMES: Final = 4
+"""Frames of memalloc sockets that may wait for one neighbour in memory from the reserve."""
+
 _CONFIRMABLE: Final = NUD_STALE | NUD_DELAY | NUD_PROBE
 _UNUSED: Final = (NUD_NONE, NUD_STALE, NUD_FAILED)
 
@@ -134,12 +137,20 @@ class Neighbour:
         self._enter(NUD_DELAY, self._table.parameters.delay_first_probe_time)
 
     def enqueue(
-        self, head: Buffer, payload: Sequence[Buffer], payload_len: int, csum_start: int, csum_offset: int, gso_size: int
+        self,
+        head: Buffer,
+        payload: Sequence[Buffer],
+        payload_len: int,
+        csum_start: int,
+        csum_offset: int,
+        gso_size: int,
+        gfp: int = ATOMIC,
     ) -> bool:
         """Copy the frame `head + payload` and send it once the neighbour is known; False when there is no memory for it.
 
-        The arguments are those of `Device.transmit`. Starts the resolution. The copy never uses the reserve: a transport that
-        must make progress sends again, and the questions themselves take no memory.
+        The arguments are those of `Device.transmit`, and what the copy's allocation may do. Starts the resolution, which takes
+        no memory itself. At most `RESERVE_FRAMES` copies of at most a page lie in the reserve for one neighbour: a SYN or a
+        retransmission, so that they need not be sent again. A transport sends again what does not fit.
         """
         table = self._table
         if self.state in (NUD_NONE, NUD_FAILED):
@@ -148,7 +159,9 @@ class Neighbour:
         memory = table.env.memory
         size = len(head) + payload_len
         if size <= PAGE_SIZE:
-            skb = memory.alloc(size, ATOMIC)
+            if gfp and sum(waiting.pfmemalloc for waiting in self._queue) >= RESERVE_FRAMES:
+                gfp = ATOMIC
+            skb = memory.alloc(size, gfp)
         else:
             skb = memory.alloc_paged((size + PAGE_MASK) >> PAGE_SHIFT, ATOMIC)
         if skb is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
+from pools.gfp import ATOMIC
 from ustack.drops import DropReason
 from ustack.link.device import FEATURE_CSUM, FEATURE_TSO, NO_CSUM
 from ustack.wire import ethernet, ipv4, tcp
@@ -112,13 +113,14 @@ class Path:
         tos: int = 0,
         ttl: int = 64,
         df: bool = True,
+        gfp: int = ATOMIC,
     ) -> bool:
         """Send a packet; False when it was dropped here (and counted).
 
         The transport has written its header of `l4_len` bytes to `head` at `l4`. `csum_at` is the offset of the checksum field
         in it, which must hold zero and is completed by the device or here; -1 when the transport has done that itself. A
         payload longer than `gso_size` (if that is not 0) is a TCP super-frame, to be cut into segments with that much payload.
-        While the neighbour is being resolved the packet is copied and waits.
+        While the neighbour is being resolved the packet is copied, by an allocation that may do what `gfp` says, and waits.
         """
         self._mib.IpOutRequests += 1
         if payload_len <= gso_size:
@@ -158,7 +160,7 @@ class Path:
         lladdr = neighbour.lladdr
         if lladdr is not self._lladdr:
             if lladdr is None:
-                return neighbour.enqueue(view[:l4_end], payload, payload_len, csum_start, csum_offset, gso_size)
+                return neighbour.enqueue(view[:l4_end], payload, payload_len, csum_start, csum_offset, gso_size, gfp)
             head[0:6] = self._lladdr = lladdr
         if self.device.transmit(view[:l4_end], payload, csum_start, csum_offset, gso_size):
             return True

@@ -370,6 +370,7 @@ class UdpSocket:
             csum_at=udp.OFF_CSUM,
             tos=options.tos,
             ttl=options.ttl,
+            gfp=MEMALLOC if options.memalloc else ATOMIC,
         )
         return length
 

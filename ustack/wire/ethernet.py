@@ -20,6 +20,7 @@ OFF_TYPE: Final = 12
 
 ETH_P_IP: Final = 0x0800
 ETH_P_ARP: Final = 0x0806
+ETH_P_8021Q: Final = 0x8100
 ETH_P_IPV6: Final = 0x86DD
 
 BROADCAST: Final = b"\xff\xff\xff\xff\xff\xff"

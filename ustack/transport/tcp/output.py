@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from pools.gfp import ATOMIC, MEMALLOC
 from ustack.link.device import ETH_HLEN
 from ustack.timers import NEVER
 from ustack.transport.events import SHUT_WR
@@ -239,8 +240,11 @@ def transmit(conn: Connection, seq: int, length: int, flags: int) -> bool:
             mss if length > mss else 0,
             options_set.tos,
             options_set.ttl,
+            True,
+            MEMALLOC if options_set.memalloc else ATOMIC,
         )
-    return path.send(IPPROTO_TCP, hlen, _NO_PAYLOAD, 0, OFF_CSUM, 0, options_set.tos, options_set.ttl)
+    gfp = MEMALLOC if options_set.memalloc else ATOMIC
+    return path.send(IPPROTO_TCP, hlen, _NO_PAYLOAD, 0, OFF_CSUM, 0, options_set.tos, options_set.ttl, True, gfp)
 
 
 def timestamp(conn: Connection, now: float) -> int:
@@ -302,7 +306,7 @@ def send_syn(conn: Connection, ts_val: int = -1, fastopen: bytes | None = None, 
         HEADER.pack_into(head, at, local, remote, conn.iss & MASK32, 0, hlen << 10 | SYN, window, 0, 0)
     conn.tcp.env.mib.TcpOutSegs += 1
     payload = conn.send_queue.views(conn.iss + 1, early) if early else _NO_PAYLOAD
-    path.send(IPPROTO_TCP, hlen, payload, early, OFF_CSUM, 0, conn.options.tos, conn.options.ttl)
+    path.send(IPPROTO_TCP, hlen, payload, early, OFF_CSUM, 0, conn.options.tos, conn.options.ttl, True, conn.gfp)
 
 
 def send_reset(conn: Connection) -> None:

@@ -139,6 +139,7 @@ class Tcp:
         self._challenges = 0
         ip.register(IPPROTO_TCP, self.input)
         ip.icmp.error_handlers[IPPROTO_TCP] = self.on_icmp_error
+        ip.icmp.memalloc_owners[IPPROTO_TCP] = self.is_memalloc
 
     def _on_pressure(self, on: bool) -> None:
         """Pressure begins or ends (tcp_enter_memory_pressure, tcp_leave_memory_pressure)."""
@@ -502,13 +503,20 @@ class Tcp:
 
     def _wake_memory_waiters(self) -> None:
         pages = self.env.memory.pages
+        waiters = self._memory_waiters
         if pages.free_pages > pages.min_pages and self.mem.allocated < self.mem.high:
-            waiters = self._memory_waiters
+            woken = waiters
             self._memory_waiters = {}
-            for conn in waiters:
-                conn.write_blocked = False
-                conn.notify(WRITABLE)
-        elif not self._memory_timer.pending:
+        elif pages.free_pages:
+            woken = {conn: None for conn in waiters if conn.options.memalloc}
+            for conn in woken:
+                del waiters[conn]
+        else:
+            woken = {}
+        for conn in woken:
+            conn.write_blocked = False
+            conn.notify(WRITABLE)
+        if self._memory_waiters and not self._memory_timer.pending:
             self.env.timers.set(self._memory_timer, self.env.timers.now + MEMORY_RETRY)
 
     # -- ending --
@@ -625,6 +633,12 @@ class Tcp:
         else:
             conn.soft_error = error
         return True
+
+    def is_memalloc(self, src: bytes, dst: bytes, quoted: bytes) -> bool:
+        """Whether the segment from `src` to `dst` whose first bytes are `quoted` is one of a memalloc socket's."""
+        local_port, remote_port = int.from_bytes(quoted[:2]), int.from_bytes(quoted[2:4])
+        conn = self.connections.get(connection_key(dst, src, remote_port, local_port))
+        return isinstance(conn, Connection) and conn.options.memalloc
 
     def schedule_once(self, conn: Connection) -> None:
         """Flush `conn` with the next batch."""
