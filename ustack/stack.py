@@ -22,6 +22,7 @@ from ustack.aio.transport import create_connection, create_server
 from ustack.drops import Drops
 from ustack.env import Env
 from ustack.mem.compaction import compact
+from ustack.mem.reaper import Reaper
 from ustack.mem.reserve import Reserve
 from ustack.mib import Mib
 from ustack.net.interface import Interface
@@ -88,6 +89,7 @@ class Stack:
         self.tcp = Tcp(self.env, self.ip, tcp or TcpConfig())
         self.udp = Udp(self.env, self.ip, udp or UdpConfig())
         self.interfaces: list[Interface] = []
+        self.reaper = Reaper(self.env)
         self.pump = Pump(self)
 
     # -- devices and addresses --
@@ -168,6 +170,8 @@ class Stack:
         self.env.batching = True
         self.tcp.flush()
         self.udp.flush()
+        if self.pages.under_pressure:
+            self.reaper.wake()
         self.env.batching = False
 
     def tick(self) -> None:
@@ -229,6 +233,7 @@ class Stack:
         self.tcp.close()
         self.udp.close()
         self.ip.close()
+        self.reaper.close()
         for interface in self.interfaces:
             interface.device.close()
         self.interfaces.clear()

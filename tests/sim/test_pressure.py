@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pools.base import names
 from pools.gfp import ATOMIC
 from tests.sim.network import Network, Talker
 from ustack.drops import DropReason
@@ -19,6 +20,7 @@ from ustack.transport.tcp.connection import Connection
 from ustack.transport.tcp.output import WINDOW_UNCLAMPED
 
 if TYPE_CHECKING:
+    from ustack.skb import Skb
     from ustack.stack import Stack
 
 CROWD = 30
@@ -143,6 +145,30 @@ def test_a_hog_of_the_arena_puts_tcp_under_pressure_and_lets_it_go() -> None:
         read_all(accepted)
     assert len(accepted) == 2, "its SYN came again"
     assert accepted[0].rcv_ssthresh == WINDOW_UNCLAMPED
+    network.close()
+
+
+@pytest.mark.parametrize("pool", names())
+def test_what_the_pool_keeps_for_later_does_not_keep_up_the_pressure(pool: str) -> None:
+    network = Network(4, memory=4 << 20, reserve=256 << 10, pool=pool)
+    server = network.server
+    pages, memory = server.pages, server.env.memory
+    accepted = network.listen(80)
+    skbs: list[Skb] = []
+    while not pages.under_pressure:
+        skb = memory.alloc(network.world.random.choice((100, 500, 1500, 2000)), ATOMIC)
+        assert skb is not None
+        skbs.append(skb)
+        if pages.under_pressure:
+            memory.pool.reap()
+    conn = network.connect(80)
+    network.world.run(2.5)
+    assert not accepted
+    network.world.random.shuffle(skbs)
+    for skb in skbs:
+        skb.free()
+    assert network.world.run_until(lambda: not pages.under_pressure, deadline=network.world.now + 1.0)
+    assert network.world.run_until(lambda: conn.synchronized, deadline=network.world.now + 10.0)
     network.close()
 
 
