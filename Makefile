@@ -12,7 +12,7 @@ ARGS ?=
 PYTHONS := $(wildcard pools ustack tests tools)
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help setup compile run test lint format bench soak docs clean
+.PHONY: help setup compile run test lint format bench soak pressure docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,6 +49,9 @@ bench: setup ## benchmarks, one at a time; figures of a machine with neighbours 
 
 soak: setup ## the simulator with SEEDS seeds for each of its tests (10,000 unless told otherwise)
 	@$(VENV)/bin/python -m pytest -n $(JOBS) -m sim --seeds $(SEEDS) $(ARGS)
+
+pressure: setup ## every scenario of the pressure lab with a thousand seeds, in virtual time
+	@$(VENV)/bin/ustack pressure run --seeds 1000 $$($(VENV)/bin/ustack pressure list --names)
 
 docs: setup ## the documentation as HTML in build/docs
 	@tools/make-venv $(VENV) docs

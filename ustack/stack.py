@@ -13,7 +13,7 @@ from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Final
 
 from pools.arena import PAGE_SIZE, Arena
-from pools.base import by_name
+from pools.base import Pool, by_name
 from pools.buddy import PageAllocator
 from ustack.aio.pump import Pump
 from ustack.aio.streams import open_connection, start_server
@@ -53,7 +53,8 @@ RX_BUDGET: Final = 64
 class Stack:
     """A TCP/IP stack with its own packet memory.
 
-    `memory` is the size of the arena in bytes, `pool` the name of the pool that lays packets on it, `reserve` the bytes of it
+    `memory` is the size of the arena in bytes, `pool` the name of the pool that lays packets on it (or a pool made
+    already, with its arena and reserve, and then `memory`, `reserve` and `lock_memory` mean nothing), `reserve` the bytes of it
     that only memalloc sockets may use: the last that are free, wherever they lie (None: the page allocator's own default).
     `lock_memory` keeps the arena from being swapped out. `tcp` has the limits and times of TCP, `udp` the limits of UDP.
     `random` seeds ports, sequence numbers and identifiers, and `now` is the clock in seconds until somebody moves it: leave
@@ -66,7 +67,7 @@ class Stack:
         self,
         *,
         memory: int = DEFAULT_MEMORY,
-        pool: str = "kmalloc",
+        pool: str | Pool = "kmalloc",
         reserve: int | None = None,
         lock_memory: bool = False,
         tcp: TcpConfig | None = None,
@@ -76,10 +77,13 @@ class Stack:
     ) -> None:
         if memory < PAGE_SIZE:
             raise ValueError(f"{memory} bytes of packet memory are less than a page of {PAGE_SIZE}")
-        pool_class = by_name(pool)
-        self.arena = Arena(memory // PAGE_SIZE, lock=lock_memory)
-        self.pages = PageAllocator(self.arena, min_pages=None if reserve is None else reserve // PAGE_SIZE)
-        self.pool = pool_class(self.pages)
+        if isinstance(pool, str):
+            pool_class = by_name(pool)
+            min_pages = None if reserve is None else reserve // PAGE_SIZE
+            pool = pool_class(PageAllocator(Arena(memory // PAGE_SIZE, lock=lock_memory), min_pages=min_pages))
+        self.pool = pool
+        self.pages = pool.pages
+        self.arena = pool.pages.arena
         self.timers = Timers(now)
         self.drops = Drops()
         self.mib = Mib()

@@ -6,6 +6,8 @@ import json
 
 import click
 
+from ustack.cli.pressure_runs import list_scenarios, run, show
+
 
 class Numbers(click.ParamType[list[int], str]):
     """Numbers with commas between them."""
@@ -22,10 +24,14 @@ class Numbers(click.ParamType[list[int], str]):
 
 @click.group()
 def pressure() -> None:
-    """Experiments on packet memory: the claims of the dispute of 2006, measured.
+    """Experiments on packet memory: scenarios of pressure and faults, and the claims of the dispute of 2006, measured.
 
     Every experiment says which command repeats it, and the same seed gives the same figures, times excepted.
     """
+
+
+for command in (run, list_scenarios, show):
+    pressure.add_command(command)
 
 
 @pressure.command()
@@ -65,8 +71,8 @@ def claims(as_json: bool, only: list[int] | None, full: bool, seed: int | None) 
     table.add_column("claim", ratio=2)
     table.add_column("verdict")
     table.add_column("measured", ratio=3)
-    for claim, report in measured:
-        table.add_row(str(claim.number), claim.who, claim.text, str(report["verdict"]), in_words(report))
+    for claim, found in measured:
+        table.add_row(str(claim.number), claim.who, claim.text, str(found["verdict"]), in_words(found))
     Console().print(table)
 
 

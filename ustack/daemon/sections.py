@@ -116,7 +116,7 @@ class _Spot:
                     assert field is not None
                     self.section += (part,)
                     self.model = models[0] if len(models) == 1 else None
-                    variants = {str(each.model_fields[tag].default): each for each in models for tag in _tags(field)}
+                    variants = {name: each for each in models for tag in _tags(field) for name in _names(each, tag)}
 
 
 def _models_in(field: FieldInfo) -> list[Any]:
@@ -139,6 +139,11 @@ def _tags(field: FieldInfo) -> list[str]:
         found += [each.discriminator for each in get_args(kind) if isinstance(getattr(each, "discriminator", None), str)]
         waiting += get_args(kind)
     return found
+
+
+def _names(model: Any, tag: str) -> tuple[str, ...]:
+    """What `tag` says in a section of this kind."""
+    return get_args(model.model_fields[tag].annotation)
 
 
 def _say(detail: ErrorDetails, model: type[BaseModel]) -> str:
@@ -198,6 +203,10 @@ _TYPES: Final = {
 }
 
 
+def _plain(bound: object) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
+
+
 def _allowed(detail: ErrorDetails) -> str:
     context = detail.get("ctx", {})
     match detail["type"]:
@@ -206,13 +215,13 @@ def _allowed(detail: ErrorDetails) -> str:
         case "literal_error":
             return str(context["expected"]).replace("'", '"')
         case "greater_than":
-            return f"more than {context['gt']}"
+            return f"more than {_plain(context['gt'])}"
         case "greater_than_equal":
-            return f"at least {context['ge']}"
+            return f"at least {_plain(context['ge'])}"
         case "less_than_equal":
-            return f"at most {context['le']}"
+            return f"at most {_plain(context['le'])}"
         case "less_than":
-            return f"less than {context['lt']}"
+            return f"less than {_plain(context['lt'])}"
         case "string_too_short":
             return "a string that is not empty"
         case "string_too_long":
