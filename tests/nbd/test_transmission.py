@@ -102,6 +102,25 @@ def test_the_end_of_a_payload_and_the_replies_behind_it_come_in_one_read() -> No
     assert len(transmission.get_buffer(-1)) == 64 << 10
 
 
+def test_a_frame_that_reaches_beyond_its_payload_has_room_as_a_whole() -> None:
+    """Or the stack would have to keep it in packet memory, of which there may be none."""
+    transmission = Transmission(False)
+    length = 2 * DIRECT_MIN
+    request, memory = read(transmission, 0, length)
+    flush = send(transmission, wire.CMD_FLUSH)
+    data = bytes(range(256)) * (length // 256)
+    stream = wire.simple(1, 0, data) + wire.simple(2)
+    first = len(stream) - DIRECT_MIN - 1000
+    feed(transmission, stream[:first])
+    rest = stream[first:]
+    buffer = transmission.get_buffer(len(rest))
+    assert len(buffer) >= len(rest)
+    buffer[: len(rest)] = rest
+    transmission.buffer_updated(len(rest))
+    assert transmission.completed == [request, flush]
+    assert memory == data
+
+
 def test_a_hole_larger_than_any_buffer() -> None:
     transmission = Transmission(True)
     _, memory = read(transmission, 0, 1 << 20)

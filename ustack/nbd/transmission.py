@@ -149,9 +149,14 @@ class ClientTransmission(Generic[R]):
     # -- replies -------------------------------------------------------------------------------------------------------------
 
     def get_buffer(self, sizehint: int = -1) -> memoryview:
-        """Where the next bytes from the server go. Follow with `buffer_updated` before anything else."""
+        """Where the next bytes from the server go. Follow with `buffer_updated` before anything else.
+
+        A transport that has `sizehint` bytes at hand gets room for all of them: the receive buffer, when they reach beyond the
+        payload that is arriving. Only then does our own stack copy a frame straight from its ring; otherwise it needs packet
+        memory, which may be short.
+        """
         target = self._target
-        if target is not None and self._remaining >= DIRECT_MIN:
+        if target is not None and self._remaining >= DIRECT_MIN and sizehint <= self._remaining:
             self._direct = True
             return target
         self._direct = False
