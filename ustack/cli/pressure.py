@@ -6,6 +6,7 @@ import json
 
 import click
 
+from ustack.cli.pressure_bench import classification
 from ustack.cli.pressure_runs import list_scenarios, run, show
 
 
@@ -30,7 +31,7 @@ def pressure() -> None:
     """
 
 
-for command in (run, list_scenarios, show):
+for command in (run, list_scenarios, show, classification):
     pressure.add_command(command)
 
 
