@@ -22,13 +22,36 @@ PAGE_SIZE: Final = 1 << PAGE_SHIFT
 """Bytes of a page. Fixed: the figures of the 2006 dispute are for 4 KiB, whatever the host uses."""
 PAGE_MASK: Final = PAGE_SIZE - 1
 
+F_SEAL_FUTURE_WRITE: Final = 0x10
+"""Who is handed the descriptor of a memfd can neither write to it nor map it writable (fcntl(2), Linux 5.1); the module `fcntl`
+of Python 3.11 does not know it.
+"""
+
+
+def sealed_memfd(name: str, size: int) -> tuple[int, mmap.mmap]:
+    """`size` bytes of pre-faulted memory in a memfd, and the only writable mapping of it there will ever be.
+
+    Whoever is given the descriptor, or opens it anew under /proc, can read the memory and nothing else: sealed are its size,
+    so that no page is pulled from under us, writing, and the seals. Raises OSError.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        area = mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd, area
+
 
 class Arena:
     """`pages` pages of zeroed memory.
 
     With `lock` the pages are locked into RAM (mlock(2)), which needs CAP_IPC_LOCK or a sufficient RLIMIT_MEMLOCK; without
     the right, the constructor raises the `OSError` of mlock. With `memfd` the memory can be mapped by another process
-    through `fd`; its size is sealed, so that nobody who has the descriptor can pull pages from under us.
+    through `fd`, see `sealed_memfd`.
 
     `mem` is one writable view of everything, `size` its length in bytes, `fd` the memfd or -1.
     """
@@ -42,14 +65,7 @@ class Arena:
         self.size = pages << PAGE_SHIFT
         self.fd = -1
         if memfd:
-            self.fd = os.memfd_create("ustack-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            try:
-                os.ftruncate(self.fd, self.size)
-                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-                self._map = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-            except OSError:
-                os.close(self.fd)
-                raise
+            self.fd, self._map = sealed_memfd("ustack-arena", self.size)
         else:
             self._map = mmap.mmap(-1, self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
         self.mem = memoryview(self._map)

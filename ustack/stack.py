@@ -10,6 +10,7 @@ import socket as names
 from ipaddress import IPv4Interface, ip_address, ip_interface, ip_network
 from itertools import chain
 from random import Random, SystemRandom
+from time import time_ns
 from typing import TYPE_CHECKING, Final
 
 from pools.arena import PAGE_SIZE, Arena
@@ -21,6 +22,7 @@ from ustack.aio.tls import start_tls
 from ustack.aio.transport import create_connection, create_server
 from ustack.drops import Drops
 from ustack.env import Env
+from ustack.link.sniffer import Sniffers
 from ustack.mem.compaction import compact
 from ustack.mem.reaper import Reaper
 from ustack.mem.reserve import Reserve
@@ -56,7 +58,8 @@ class Stack:
     `memory` is the size of the arena in bytes, `pool` the name of the pool that lays packets on it (or a pool made
     already, with its arena and reserve, and then `memory`, `reserve` and `lock_memory` mean nothing), `reserve` the bytes of it
     that only memalloc sockets may use: the last that are free, wherever they lie (None: the page allocator's own default).
-    `lock_memory` keeps the arena from being swapped out. `tcp` has the limits and times of TCP, `udp` the limits of UDP.
+    `lock_memory` keeps the arena from being swapped out. `capture` are the bytes that sniffers may pin (see `link.sniffer`); 0:
+    nobody sniffs, and the memory is private. `tcp` has the limits and times of TCP, `udp` the limits of UDP.
     `random` seeds ports, sequence numbers and identifiers, and `now` is the clock in seconds until somebody moves it: leave
     them out except to repeat a run.
     Raises KeyError for a pool that does not exist, ValueError for less memory than a page or than the reserve, OSError when
@@ -70,6 +73,7 @@ class Stack:
         pool: str | Pool = "kmalloc",
         reserve: int | None = None,
         lock_memory: bool = False,
+        capture: int = 0,
         tcp: TcpConfig | None = None,
         udp: UdpConfig | None = None,
         random: Random | None = None,
@@ -80,7 +84,8 @@ class Stack:
         if isinstance(pool, str):
             pool_class = by_name(pool)
             min_pages = None if reserve is None else reserve // PAGE_SIZE
-            pool = pool_class(PageAllocator(Arena(memory // PAGE_SIZE, lock=lock_memory), min_pages=min_pages))
+            arena = Arena(memory // PAGE_SIZE, lock=lock_memory, memfd=capture > 0)
+            pool = pool_class(PageAllocator(arena, min_pages=min_pages))
         self.pool = pool
         self.pages = pool.pages
         self.arena = pool.pages.arena
@@ -93,6 +98,7 @@ class Stack:
         self.tcp = Tcp(self.env, self.ip, tcp or TcpConfig())
         self.udp = Udp(self.env, self.ip, udp or UdpConfig())
         self.interfaces: list[Interface] = []
+        self.sniffers = Sniffers(self.env.memory, self.drops, time_ns, capture)
         self.reaper = Reaper(self.env)
         self.pump = Pump(self)
 
@@ -120,6 +126,7 @@ class Stack:
             raise
         self.interfaces.append(interface)
         self.reserve.watch(device)
+        self.sniffers.watch(device)
         if gateway is not None:
             self.add_route("0.0.0.0/0", gateway)
         self.pump.add(device)
@@ -238,6 +245,7 @@ class Stack:
         self.udp.close()
         self.ip.close()
         self.reaper.close()
+        self.sniffers.close()
         for interface in self.interfaces:
             interface.device.close()
         self.interfaces.clear()

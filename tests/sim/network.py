@@ -40,6 +40,7 @@ class Network:
         memory: int = 4 << 20,
         reserve: int = 0,
         pool: str = "kmalloc",
+        capture: int = 0,
         tcp: TcpConfig | None = None,
     ) -> None:
         self.world = World(seed)
@@ -48,7 +49,8 @@ class Network:
         a, b = self.devices
         self.wire = SimWire(self.world, a, b, impairments or Impairments())
         self.stacks = [
-            Stack(memory=memory, reserve=reserve, pool=pool, tcp=self.config, random=Random(seed * 2 + n)) for n in (0, 1)
+            Stack(memory=memory, reserve=reserve, pool=pool, capture=capture, tcp=self.config, random=Random(seed * 2 + n))
+            for n in (0, 1)
         ]
         self.client, self.server = self.stacks
         for stack, device, address in zip(self.stacks, self.devices, (CLIENT, SERVER), strict=True):

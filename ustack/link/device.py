@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ustack.drops import Drops
     from ustack.link.rxring import RxFrame, RxRing
+    from ustack.link.sniffer import Sniffers
     from ustack.skb import Buffer, SkbMemory
 
 ETH_HLEN: Final = 14
@@ -51,9 +52,11 @@ class DeviceStats:
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Device(ABC):
-    """A network device. `mac` is the stack's own address on it (6 bytes)."""
+    """A network device. `mac` is the stack's own address on it (6 bytes); `sniffers` is who looks on, or None: whoever delivers
+    or sends a frame shows it to them.
+    """
 
-    __slots__ = ("features", "mac", "mtu", "name", "ring", "stats")
+    __slots__ = ("features", "mac", "mtu", "name", "ring", "sniffers", "stats")
 
     ring: RxRing
     """Posted receive memory, from `attach` on."""
@@ -64,6 +67,7 @@ class Device(ABC):
         self.mtu = mtu
         self.features = features
         self.stats = DeviceStats()
+        self.sniffers: Sniffers | None = None
 
     @abstractmethod
     def attach(self, memory: SkbMemory, drops: Drops, deliver: Callable[[RxFrame], None]) -> None:

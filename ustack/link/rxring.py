@@ -30,6 +30,8 @@ from pools.gfp import ATOMIC, MEMALLOC
 from ustack.skb import page_runs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ustack.skb import Buffer, Skb, SkbMemory
 
 HEADER_BUFFER: Final = 2048
@@ -37,6 +39,39 @@ HEADER_BUFFER: Final = 2048
 
 LINEAR_RING_FRAMES: Final = 64
 """Buffers that a linear ring posts: one batch of the pump."""
+
+
+class Pin:
+    """Bytes of a frame that stay as they are while somebody who sniffs reads them, whatever becomes of the frame.
+
+    `runs` are the bytes, as `(address, length)` in the arena; `buffers` pool objects `(address, size)` that nobody else holds,
+    `pfns` pages with one more reference, `twin` a clone of an skb. `cost` is what they hold in bytes. The last `put` frees it.
+    """
+
+    __slots__ = ("buffers", "cost", "memory", "pfns", "refs", "runs", "twin")
+
+    def __init__(self, memory: SkbMemory, runs: list[tuple[int, int]], cost: int) -> None:
+        self.memory = memory
+        self.runs = runs
+        self.cost = cost
+        self.refs = 1
+        self.buffers: list[tuple[int, int]] = []
+        self.pfns: Sequence[int] = ()
+        self.twin: Skb | None = None
+
+    def put(self) -> bool:
+        """Drop one reference; whether it was the last."""
+        self.refs -= 1
+        if self.refs:
+            return False
+        memory = self.memory
+        for addr, size in self.buffers:
+            memory.pool.free(addr, size, memory.cpu)
+        for pfn in self.pfns:
+            memory.pages.put_page(pfn)
+        if self.twin is not None:
+            self.twin.free()
+        return True
 
 
 class RxFrame:
@@ -119,6 +154,16 @@ class RxRing(ABC):
         """See `RxFrame.truesize`."""
 
     @abstractmethod
+    def begin_pin(self) -> None:
+        """The frame is about to be delivered, and somebody sniffs: what it lies in must outlive it."""
+
+    @abstractmethod
+    def end_pin(self) -> Pin | None:
+        """It was delivered: the bytes of the whole frame where they lie, and other memory in the ring in their place. None when
+        there is no ordinary memory for that; the reserve is never used.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Give all posted memory back."""
 
@@ -140,7 +185,7 @@ class PagedRing(RxRing):
     without memory.
     """
 
-    __slots__ = ("_header", "_pfns", "_size")
+    __slots__ = ("_header", "_pfns", "_pinned", "_size")
 
     def __init__(self, memory: SkbMemory, max_frame: int, prefix: bytearray | None = None) -> None:
         super().__init__(memory, max_frame, prefix)
@@ -150,6 +195,7 @@ class PagedRing(RxRing):
             raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no memory for the header buffer of a receive ring")
         pages = (max_frame - self._size + PAGE_MASK) >> PAGE_SHIFT
         self._pfns = memory.pages.alloc_bulk(pages, ATOMIC, self._owner) if pages else ()
+        self._pinned: Sequence[int] = ()
         if pages and not self._pfns:
             memory.pool.free(self._header, self._size, memory.cpu)
             raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no {pages} pages for a receive ring")
@@ -228,6 +274,48 @@ class PagedRing(RxRing):
         last = (length - split + PAGE_MASK) >> PAGE_SHIFT
         return ((last - first) << PAGE_SHIFT) + (1 << max(split - 1, 0).bit_length()) + head
 
+    def begin_pin(self) -> None:
+        """Take a reference to every page of the frame: delivery may give them to an skb, and the skb may free them."""
+        used = (self.frame.len - self._size + PAGE_MASK) >> PAGE_SHIFT
+        self._pinned = self._pfns[: max(used, 0)]
+        for pfn in self._pinned:
+            self.memory.pages.get_page(pfn)
+
+    def end_pin(self) -> Pin | None:
+        """Post another header buffer, and another page for each that nobody has kept."""
+        memory = self.memory
+        pages = memory.pages
+        pinned = self._pinned
+        left = [at for at, pfn in enumerate(pinned) if self._pfns[at] == pfn]
+        header = memory.pool.alloc(self._size, ATOMIC, memory.cpu)
+        fresh = pages.alloc_bulk(len(left), ATOMIC, self._owner) if left and header != NULL else ()
+        if header == NULL or len(fresh) < len(left):
+            if header != NULL:
+                memory.pool.free(header, self._size, memory.cpu)
+            for pfn in pinned:
+                pages.put_page(pfn)
+            return None
+        if left:
+            mine = [pinned[at] for at in left]
+            pages.transfer(mine, pages.owner_id("sniffed"))
+            for pfn in mine:
+                pages.put_page(pfn)  # the ring's reference; ours stays
+            posted = list(self._pfns)
+            for at, pfn in zip(left, fresh, strict=True):
+                posted[at] = pfn
+            self._pfns = fresh if len(fresh) == len(posted) else posted
+            self._post_pages()
+        length = self.frame.len
+        runs = [(self._header, min(length, self._size))]
+        if pinned:
+            runs += page_runs(pinned, 0, length - self._size)
+        pin = Pin(memory, runs, memory.pool.charge(self._header, self._size) + (len(pinned) << PAGE_SHIFT))
+        pin.buffers.append((self._header, self._size))
+        pin.pfns = pinned
+        self._header = header
+        self.frame.head = self.iov[self._prefixes] = memory.arena.view(header, self._size)
+        return pin
+
     def close(self) -> None:
         """Give all posted memory back."""
         memory = self.memory
@@ -243,13 +331,15 @@ class LinearRing(RxRing):
     the reserve. Raises OSError ENOMEM when made without memory.
     """
 
-    __slots__ = ("_aimed", "_posted", "emergency")
+    __slots__ = ("_aimed", "_pinning", "_posted", "_twin", "emergency")
 
     def __init__(self, memory: SkbMemory, max_frame: int, prefix: bytearray | None = None) -> None:
         super().__init__(memory, max_frame, prefix)
         self.emergency = False
         self._posted: deque[tuple[int, bool]] = deque()
         self._aimed = NULL  # the buffer that `frame` and `iov` mean
+        self._pinning = False
+        self._twin: Skb | None = None
         self.iov.append(self.frame.head)
         if not self.ready():
             raise OSError(
@@ -304,12 +394,42 @@ class LinearRing(RxRing):
         skb.len = length
         self._posted.popleft()
         self._aimed = NULL
+        if self._pinning:
+            self._twin = self.memory.clone(skb, ATOMIC)
         return skb
 
     def truesize(self, offset: int, length: int) -> int:
         """The whole buffer, however little of it the frame fills, and a head."""
         pool = self.memory.pool
         return pool.charge(self._posted[0][0], self.max_frame) + pool.head_charge
+
+    def begin_pin(self) -> None:
+        """Should the frame be kept, its skb gets a clone: what a clone shares is neither freed nor moved."""
+        self._pinning = True
+
+    def end_pin(self) -> Pin | None:
+        """The clone, if the frame was kept; or else the buffer, which another takes the place of."""
+        memory = self.memory
+        pool = memory.pool
+        twin = self._twin
+        aimed = self._aimed
+        self._pinning = False
+        self._twin = None
+        if twin is not None:
+            pin = Pin(memory, [(twin.addr, self.frame.len)], twin.truesize)
+            pin.twin = twin
+            return pin
+        if aimed == NULL:
+            return None  # kept, and there was no memory for a clone
+        addr = pool.alloc(self.max_frame, ATOMIC, memory.cpu)
+        if addr == NULL:
+            return None
+        self._posted.popleft()
+        self._posted.append((addr, False))
+        self._aimed = NULL
+        pin = Pin(memory, [(aimed, self.frame.len)], pool.charge(aimed, self.max_frame))
+        pin.buffers.append((aimed, self.max_frame))
+        return pin
 
     def close(self) -> None:
         """Give all posted memory back."""

@@ -62,8 +62,12 @@ class Arp:
 
     def _send(self, op: int, lladdr: bytes, tha: bytes, tpa: bytes) -> None:
         device = self._interface.device
-        header = ethernet.build_header(lladdr, device.mac, ethernet.ETH_P_ARP)
-        if not device.transmit(header + arp.build(op, device.mac, self._interface.address, tha, tpa), ()):
+        frame = ethernet.build_header(lladdr, device.mac, ethernet.ETH_P_ARP)
+        frame += arp.build(op, device.mac, self._interface.address, tha, tpa)
+        sent = device.transmit(frame, ())
+        if device.sniffers is not None:
+            device.sniffers.sent(device, frame, (), sent)
+        if not sent:
             self._env.drops.count(DropReason.TX_DEVICE)
 
     def input(self, interface: Interface, frame: RxFrame, offset: int) -> None:

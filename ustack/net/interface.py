@@ -92,6 +92,10 @@ class Interface:
 
     def input(self, frame: RxFrame) -> None:
         """A frame arrived: hand it to the protocol that its ethertype names. For `Device.attach`."""
+        sniffers = self.device.sniffers
+        if sniffers is not None and not sniffers.inside:
+            sniffers.deliver(self.device, frame, self.input)  # comes back here, inside
+            return
         if frame.len < ethernet.HEADER_LEN:
             self._drops.count(DropReason.PKT_TOO_SMALL)
             return

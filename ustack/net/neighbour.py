@@ -188,7 +188,11 @@ class Neighbour:
             skb = self._queue.popleft()
             frame = skb.views()
             frame[0][0:6] = lladdr
-            if not table.device.transmit(frame[0], frame[1:], skb.seq, skb.end_seq, skb.flags):
+            device = table.device
+            sent = device.transmit(frame[0], frame[1:], skb.seq, skb.end_seq, skb.flags)
+            if device.sniffers is not None:
+                device.sniffers.sent(device, frame[0], frame[1:], sent)
+            if not sent:
                 table.env.drops.count(DropReason.TX_DEVICE)
             skb.free()
 

@@ -162,7 +162,11 @@ class Path:
             if lladdr is None:
                 return neighbour.enqueue(view[:l4_end], payload, payload_len, csum_start, csum_offset, gso_size, gfp)
             head[0:6] = self._lladdr = lladdr
-        if self.device.transmit(view[:l4_end], payload, csum_start, csum_offset, gso_size):
+        device = self.device
+        sent = device.transmit(view[:l4_end], payload, csum_start, csum_offset, gso_size)
+        if device.sniffers is not None:
+            device.sniffers.sent(device, view[:l4_end], payload, sent)
+        if sent:
             return True
         self._drops.count(DropReason.TX_DEVICE)
         return False
