@@ -153,15 +153,14 @@ class RxRing(ABC):
     def truesize(self, offset: int, length: int) -> int:
         """See `RxFrame.truesize`."""
 
-    @abstractmethod
-    def begin_pin(self) -> None:
+    def begin_pin(self) -> None:  # noqa: B027 (a ring whose frames cannot be pinned has nothing to prepare)
         """The frame is about to be delivered, and somebody sniffs: what it lies in must outlive it."""
 
-    @abstractmethod
     def end_pin(self) -> Pin | None:
         """It was delivered: the bytes of the whole frame where they lie, and other memory in the ring in their place. None when
-        there is no ordinary memory for that; the reserve is never used.
+        there is no ordinary memory for that (the reserve is never used), or when the ring's frames cannot be pinned at all.
         """
+        return None
 
     @abstractmethod
     def close(self) -> None:
