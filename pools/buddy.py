@@ -69,7 +69,8 @@ class PageAllocator:
 
     Attributes to read: `pages` (all there are), `free_pages`, `min_pages`, `low_pages`, `high_pages`, `under_pressure`;
     `pfmemalloc`: the last successful allocation had to go under `min`;
-    `failures[order]`: allocations refused, `reserve_allocs`: allocations that went under `min`.
+    `failures[order]`: allocations refused, `reserve_allocs`: allocations that went under `min`;
+    `reserve_failures`: those that were refused although they might.
     """
 
     __slots__ = (
@@ -90,6 +91,7 @@ class PageAllocator:
         "pages",
         "pfmemalloc",
         "reserve_allocs",
+        "reserve_failures",
         "under_pressure",
     )
 
@@ -101,6 +103,7 @@ class PageAllocator:
         self.under_pressure = False
         self.failures = [0] * (MAX_ORDER + 1)
         self.reserve_allocs = 0
+        self.reserve_failures = 0
         # _areas[order] holds the first pfn of every free block of that order. A dict, because a merge removes from the
         # middle and because a dict, unlike a set, is taken from in a defined order: runs with the same seed are the same
         # run.
@@ -155,6 +158,7 @@ class PageAllocator:
             self.reserve_allocs += 1
         else:
             self.failures[0] += 1
+            self.reserve_failures += gfp & _RESERVE_BITS == MEMALLOC
             return NULL
         singles = self._singles
         if not singles:
@@ -180,6 +184,7 @@ class PageAllocator:
             self.reserve_allocs += 1
         else:
             self.failures[0] += 1
+            self.reserve_failures += gfp & _RESERVE_BITS == MEMALLOC
             return ()
         if count < 1:
             return ()
@@ -212,10 +217,12 @@ class PageAllocator:
             self.pfmemalloc = True
         else:
             self.failures[order] += 1
+            self.reserve_failures += gfp & _RESERVE_BITS == MEMALLOC
             return NULL
         pfn = self._take(order)
         if pfn < 0:
             self.failures[order] += 1
+            self.reserve_failures += gfp & _RESERVE_BITS == MEMALLOC
             return NULL
         if self.pfmemalloc:
             self.reserve_allocs += 1

@@ -16,6 +16,7 @@ from collections import deque
 from ipaddress import AddressValueError, IPv4Address
 from typing import TYPE_CHECKING, Final, Protocol
 
+from ustack.mem.reserve import Demand
 from ustack.socket_options import GETTERS, SETTERS, TCP_INQ
 from ustack.socket_poll import readiness
 from ustack.transport.events import READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
@@ -567,6 +568,7 @@ class Socket:
         self.host.tick()
         if self.options.memalloc:
             self.host.reserve.clear_memalloc()
+            self.host.reserve.release(self)
         for endpoint in (self.stream, self._listener, self.datagram):
             if endpoint is not None:
                 endpoint.wake = nobody
@@ -624,6 +626,25 @@ class Socket:
             self.host.reserve.set_memalloc()
         else:
             self.host.reserve.clear_memalloc()
+
+    def reserve_for(self, queue_depth: int, request_size: int) -> None:
+        """Say what the memalloc socket is used for: so many requests in flight, with so many bytes of data each. The reserve is
+        made large enough (where it is "auto"), and what the socket may queue in either direction is bounded by it.
+
+        Raises OSError ENOMEM when there is not enough packet memory for that.
+        """
+        self._check_open()
+        budget = self.host.reserve.claim(self, Demand(queue_depth, request_size))
+        if budget is None:
+            return
+        self.options.sndbuf, self.options.rcvbuf = budget.sndbuf, budget.rcvbuf
+        if self.stream is not None:
+            self.stream.sndbuf, self.stream.rcvbuf = budget.sndbuf, budget.rcvbuf
+
+    @property
+    def reserve(self) -> Reserve:
+        """The reserve of the stack."""
+        return self.host.reserve
 
     def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
         """Set an option of SOL_SOCKET, IPPROTO_TCP or IPPROTO_IP. Raises OSError ENOPROTOOPT for one that there is not,

@@ -7,11 +7,12 @@ does: `advance` moves the clock, `receive` takes what a device has. Everything i
 from __future__ import annotations
 
 import socket as names
+from functools import partial
 from ipaddress import IPv4Interface, ip_address, ip_interface, ip_network
 from itertools import chain
 from random import Random, SystemRandom
 from time import time_ns
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from pools.arena import PAGE_SIZE, Arena
 from pools.base import Pool, by_name
@@ -22,10 +23,11 @@ from ustack.aio.tls import start_tls
 from ustack.aio.transport import create_connection, create_server
 from ustack.drops import Drops
 from ustack.env import Env
+from ustack.link.rxring import LinearRing
 from ustack.link.sniffer import Sniffers
 from ustack.mem.compaction import compact
 from ustack.mem.reaper import Reaper
-from ustack.mem.reserve import Reserve
+from ustack.mem.reserve import Budget, Demand, Reserve
 from ustack.mib import Mib
 from ustack.net.interface import Interface
 from ustack.net.ipv4 import Ipv4
@@ -34,14 +36,16 @@ from ustack.socket import Socket
 from ustack.timers import Timers
 from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.tcp.protocol import Tcp
+from ustack.transport.tcp.reserve_size import Link, budget, ring_pages
 from ustack.transport.udp import Udp, UdpConfig
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
     from ssl import SSLContext
     from typing import Any, Self
 
+    from pools.base import Pool
     from ustack.link.device import Device
     from ustack.skb import Account
 
@@ -55,9 +59,10 @@ RX_BUDGET: Final = 64
 class Stack:
     """A TCP/IP stack with its own packet memory.
 
-    `memory` is the size of the arena in bytes, `pool` the name of the pool that lays packets on it (or a pool made
-    already, with its arena and reserve, and then `memory`, `reserve` and `lock_memory` mean nothing), `reserve` the bytes of it
-    that only memalloc sockets may use: the last that are free, wherever they lie (None: the page allocator's own default).
+    `memory` is the size of the arena in bytes, `pool` the name of the pool that lays packets on it, made with `pool_options`
+    (or a pool made already, on an arena of its own, and then `memory` and `lock_memory` mean nothing), `reserve` the bytes of
+    it that only memalloc sockets may use: the last that are free, wherever they lie ("auto": as many as the demands of memalloc
+    sockets add up to; None: the page allocator's own default).
     `lock_memory` keeps the arena from being swapped out. `capture` are the bytes that sniffers may pin (see `link.sniffer`); 0:
     nobody sniffs, and the memory is private. `tcp` has the limits and times of TCP, `udp` the limits of UDP.
     `random` seeds ports, sequence numbers and identifiers, and `now` is the clock in seconds until somebody moves it: leave
@@ -71,7 +76,8 @@ class Stack:
         *,
         memory: int = DEFAULT_MEMORY,
         pool: str | Pool = "kmalloc",
-        reserve: int | None = None,
+        pool_options: Mapping[str, Any] | None = None,
+        reserve: int | Literal["auto"] | None = None,
         lock_memory: bool = False,
         capture: int = 0,
         tcp: TcpConfig | None = None,
@@ -81,11 +87,15 @@ class Stack:
     ) -> None:
         if memory < PAGE_SIZE:
             raise ValueError(f"{memory} bytes of packet memory are less than a page of {PAGE_SIZE}")
+        fixed = reserve // PAGE_SIZE if isinstance(reserve, int) else None
+        pool_class: Callable[..., Pool] = by_name(pool) if isinstance(pool, str) else type(pool)
+        self._make_pool: Callable[[PageAllocator], Pool] = partial(pool_class, **(pool_options or {}))
         if isinstance(pool, str):
-            pool_class = by_name(pool)
-            min_pages = None if reserve is None else reserve // PAGE_SIZE
+        pool_class: Callable[..., Pool] = by_name(pool) if isinstance(pool, str) else type(pool)
+        self._make_pool: Callable[[PageAllocator], Pool] = partial(pool_class, **(pool_options or {}))
+        if isinstance(pool, str):
             arena = Arena(memory // PAGE_SIZE, lock=lock_memory, memfd=capture > 0)
-            pool = pool_class(PageAllocator(arena, min_pages=min_pages))
+            pool = self._make_pool(PageAllocator(arena, min_pages=fixed))
         self.pool = pool
         self.pages = pool.pages
         self.arena = pool.pages.arena
@@ -93,7 +103,9 @@ class Stack:
         self.drops = Drops()
         self.mib = Mib()
         self.env = Env(self.timers, SkbMemory(self.pool), self.drops, self.mib, random or SystemRandom())
-        self.reserve = Reserve(self.env)
+        self.reserve = Reserve(
+            self.env, self.pages.min_pages if reserve is None else fixed, self._reserve_budget, self._ring_pages
+        )
         self.ip = Ipv4(self.env)
         self.tcp = Tcp(self.env, self.ip, tcp or TcpConfig())
         self.udp = Udp(self.env, self.ip, udp or UdpConfig())
@@ -144,6 +156,25 @@ class Stack:
                 self.ip.routes.add(target.network_address.packed, target.prefixlen, interface, router, metric)
                 return
         raise ValueError(f"route {network} via {via}: {via} is on none of our networks")
+
+    def _links(self) -> list[Link]:
+        return [Link(each.device.mtu, isinstance(each.device.ring, LinearRing)) for each in self.interfaces] or [
+            Link(1500, False)
+        ]
+
+    def _reserve_budget(self, demand: Demand) -> Budget:
+        """What a connection with that demand needs, over whichever interface it takes most."""
+        config = self.tcp.config
+        return max(
+            (
+                budget(self._make_pool, demand, link, sndbuf_max=config.wmem_max, rcvbuf_max=config.rmem_max)
+                for link in self._links()
+            ),
+            key=lambda each: each.pages,
+        )
+
+    def _ring_pages(self) -> int:
+        return sum(ring_pages(self._make_pool, link) for link in self._links())
 
     def accounts(self) -> list[Account]:
         """Who waits for what: the accounts of all skbs, one for each kind of owner."""

@@ -72,7 +72,7 @@ def complaints(text: str) -> list[str]:
 def test_device_and_address_are_enough() -> None:
     config = parse(LEAST, "u.toml")
     assert config.memory.size == 64 << 20
-    assert config.reserve_bytes() is None
+    assert config.memory.reserve == "auto"
     assert config.tcp_config() == TcpConfig()
     assert config.udp_config() == UdpConfig()
 
@@ -80,7 +80,7 @@ def test_device_and_address_are_enough() -> None:
 def test_everything_can_be_said() -> None:
     config = parse(MOST, "u.toml")
     assert config.memory.size == 16 << 20
-    assert config.reserve_bytes() == 512 << 10
+    assert config.memory.reserve == 512 << 10
     assert config.tcp_config() == TcpConfig(rmem_max=1 << 20, mem_high=4 << 20, sack=False, rto_min=1.0)
     assert config.udp_config() == UdpConfig(mem_low=1 << 20)
     assert [(nbd.name, nbd.requests) for nbd in config.nbd] == [("disk", 8), ("local", 64)]

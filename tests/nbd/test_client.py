@@ -6,6 +6,7 @@ import asyncio
 import errno
 import random
 import socket
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -372,8 +373,15 @@ class Wrapped:
     def get_extra_info(self, name: str) -> Any:
         return self if name == "socket" else self._transport.get_extra_info(name)
 
+    @property
+    def reserve(self) -> Any:
+        return SimpleNamespace(more_than_half_free=True)
+
     def set_memalloc(self, on: bool) -> None:
         self._log.append(f"memalloc {on}")
+
+    def reserve_for(self, queue_depth: int, request_size: int) -> None:
+        self._log.append(f"reserve for {queue_depth} * {request_size}")
 
     def write(self, data: bytes) -> None:
         self._log.append("write")
@@ -396,7 +404,7 @@ async def test_the_socket_is_marked_memalloc_before_the_first_byte_is_sent() -> 
         port = int(uri.rpartition(":")[2])
         async with await NbdClient.open(connector) as disk:
             await disk.flush()
-    assert log[:2] == ["memalloc True", "write"]
+    assert log[:3] == ["memalloc True", "reserve for 64 * 65536", "write"]
 
 
 async def test_another_create_connection_is_asked_for_host_and_port() -> None:

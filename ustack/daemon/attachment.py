@@ -91,7 +91,9 @@ class Attachment:
         backoff = BACKOFF_FIRST
         while True:
             try:
-                self.client = await NbdClient.open(connector, uri.export, queue_depth=self.config.requests)
+                self.client = await NbdClient.open(
+                    connector, uri.export, queue_depth=self.config.requests, request_size=self.config.request_size
+                )
             except OSError as error:
                 self._enter(self.state, str(error.strerror or error))
                 log.warning("nbd %s: %s; trying again in %g s", self.config.name, self.error, backoff)

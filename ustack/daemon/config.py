@@ -166,7 +166,8 @@ class Memory(Section):
     size: Annotated[int, BeforeValidator(as_size), Field(ge=MEMORY_MIN)] = 64 << 20
     """Bytes of packet memory."""
     reserve: Annotated[Literal["auto"] | int, BeforeValidator(_reserve)] = "auto"
-    """Bytes that only memalloc sockets may use. `auto`: as many as the page allocator finds right for the size."""
+    """Bytes that only memalloc sockets may use. `auto`: as many as the NBD exports need by their `requests` and
+    `request_size`."""
     lock: bool = False
     """Keep the memory from being swapped out (mlock(2); needs CAP_IPC_LOCK or a sufficient RLIMIT_MEMLOCK)."""
 
@@ -180,6 +181,8 @@ class Nbd(Section):
     """Where the export is. The host is an address: the stack has no name service."""
     requests: Annotated[int, Field(ge=1, le=1024)] = 64
     """Requests in flight."""
+    request_size: Annotated[int, BeforeValidator(as_size), Field(ge=512, le=32 << 20)] = 64 << 10
+    """Bytes of data of one request, for which the reserve is made; of larger ones fewer are in flight."""
 
 
 class Control(Section):
@@ -260,11 +263,6 @@ class Config(Section):
         """The section `udp` as the stack takes it."""
         return UdpConfig(**self.udp.model_dump())
 
-    def reserve_bytes(self) -> int | None:
-        """The reserve in bytes; None for `auto`."""
-        reserve = self.memory.reserve
-        return None if isinstance(reserve, str) else reserve
-
 
 # -- reading -----------------------------------------------------------------------------------------------------------------
 
@@ -297,8 +295,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     for number, name in enumerate(names):
         if name in names[:number]:
             yield f"{place(('nbd', number), 'name')} = {toml_value(name)}: allowed is each name only once"
-    reserve = config.reserve_bytes()
-    if reserve is not None and reserve > config.memory.size - PAGE_SIZE:
+    reserve = config.memory.reserve
+    if isinstance(reserve, int) and reserve > config.memory.size - PAGE_SIZE:
         yield f"[memory] reserve = {reserve}: allowed is less than the whole memory, {config.memory.size}"
     yield from _descents("tcp", config.tcp)
     yield from _descents("udp", config.udp)

@@ -16,7 +16,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from pools.arena import PAGE_SIZE
-from pools.buddy import default_min_pages
 from ustack.daemon import reports
 from ustack.daemon.attachment import Attachment
 from ustack.daemon.config import Config, load
@@ -100,7 +99,7 @@ class Daemon:
             stack = Stack(
                 memory=memory.size,
                 pool=memory.pool,
-                reserve=config.reserve_bytes(),
+                reserve=memory.reserve,
                 lock_memory=memory.lock,
                 tcp=config.tcp_config(),
                 udp=config.udp_config(),
@@ -191,8 +190,8 @@ class Daemon:
         stack = self._stack
         for name, value in new.tcp.model_dump().items():
             setattr(stack.tcp.config, name, value)  # in force for new connections
-        reserve = new.reserve_bytes()
-        stack.pages.set_min_pages(default_min_pages(stack.pages.pages) if reserve is None else reserve // PAGE_SIZE)
+        reserve = new.memory.reserve
+        stack.reserve.fix(None if reserve == "auto" else int(reserve) // PAGE_SIZE)
         for route in old.route:
             if route not in new.route:
                 self._remove_route(route)

@@ -332,9 +332,9 @@ class LinearRing(RxRing):
 
     __slots__ = ("_aimed", "_pinning", "_posted", "_twin", "emergency")
 
-    def __init__(self, memory: SkbMemory, max_frame: int, prefix: bytearray | None = None) -> None:
+    def __init__(self, memory: SkbMemory, max_frame: int, prefix: bytearray | None = None, *, emergency: bool = False) -> None:
         super().__init__(memory, max_frame, prefix)
-        self.emergency = False
+        self.emergency = emergency
         self._posted: deque[tuple[int, bool]] = deque()
         self._aimed = NULL  # the buffer that `frame` and `iov` mean
         self._pinning = False

@@ -1,31 +1,67 @@
-"""The reserve: pages under the `min` watermark, which only memalloc sockets may use, and who those are.
+"""The reserve: pages under the `min` watermark, which only memalloc sockets may use; who those are, and how much they need.
 
 The rule has three parts, and none is enough alone. An allocation takes from the reserve only after the ordinary way failed,
 and only on behalf of a memalloc socket (the page allocator and the pool see to that). A frame that lies in the reserve is for
-memalloc sockets, and is dropped when it turns out to be for another (the drop rule; the transports see to that). And receive
+memalloc sockets, and is dropped when it turns out to be for another (the drop rule; the layers see to that). And receive
 buffers come from the reserve only while there is a memalloc socket at all, which is what is kept here.
+
+Its size is the sum of what its users need, `Demand` by `Demand`, or fixed. Either way what one socket may queue is bounded by
+it, so that its window promises nothing that the reserve could not hold.
 
 Source: Zijlstra's network reserve of 2006 and Linux 3.6 (sk_set_memalloc, sk_memalloc_socks).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from pools.arena import PAGE_SHIFT
+from pools.buddy import default_min_pages
 from ustack.link.rxring import LinearRing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ustack.env import Env
     from ustack.link.device import Device
 
+SHARE_MAX: Final = 2
+"""The reserve is at most one part in so many of the arena: ordinary traffic must get on as well."""
+
+
+class Demand(NamedTuple):
+    """What a memalloc connection is used for: requests in flight at once, and bytes of data of one."""
+
+    queue_depth: int
+    request_size: int
+
+
+class Budget(NamedTuple):
+    """What a connection may use: `sndbuf` and `rcvbuf`, in bytes of truesize, and `pages` of reserve that hold either."""
+
+    sndbuf: int
+    rcvbuf: int
+    pages: int
+
 
 class Reserve:
-    """Counts memalloc sockets and lets posted receive buffers come from the reserve while there are any."""
+    """The memalloc sockets of a stack, and their demands.
 
-    __slots__ = ("_env", "_rings", "sockets")
+    `fixed` is the size in pages; None has it follow the demands, as `budget_of` works them out, beside `ring_pages()` for the
+    receive rings.
+    """
 
-    def __init__(self, env: Env) -> None:
+    __slots__ = ("_budget_of", "_budgets", "_env", "_fixed", "_rings", "ring_pages", "sockets")
+
+    def __init__(
+        self, env: Env, fixed: int | None, budget_of: Callable[[Demand], Budget], ring_pages: Callable[[], int]
+    ) -> None:
         self._env = env
+        self._fixed = fixed
+        self._budget_of = budget_of
+        self.ring_pages = ring_pages
+        self._budgets: dict[object, Budget] = {}
         self._rings: list[LinearRing] = []
         self.sockets = 0
 
@@ -49,3 +85,67 @@ class Reserve:
     def _apply(self) -> None:
         for ring in self._rings:
             ring.emergency = self.sockets > 0
+
+    # -- its size --
+
+    @property
+    def more_than_half_free(self) -> bool:
+        """Whether new requests may begin: more than half of the reserve is free (as throttle_direct_reclaim has it)."""
+        pages = self._env.memory.pages
+        return pages.free_pages * 2 > pages.min_pages
+
+    def claim(self, user: object, demand: Demand) -> Budget | None:
+        """`user` needs memory for `demand` from now on; returns what it may use, or None where there is no reserve.
+
+        Raises OSError ENOMEM when the reserve would be more than half of the arena.
+        """
+        if self._fixed == 0:
+            return None
+        budget = self._budget_of(demand)
+        before = self._budgets.get(user)
+        self._budgets[user] = budget
+        if self._fixed is None:
+            try:
+                self.resize()
+            except OSError:
+                self._give_back(user, before)
+                raise
+            return budget
+        most = max(self._fixed - self.ring_pages(), 1) // len(self._budgets) << PAGE_SHIFT
+        return Budget(min(budget.sndbuf, most), min(budget.rcvbuf, most), min(budget.pages, self._fixed))
+
+    def release(self, user: object) -> None:
+        """`user` needs nothing any more."""
+        if user in self._budgets:
+            self._give_back(user, None)
+            self.resize()
+
+    def _give_back(self, user: object, before: Budget | None) -> None:
+        if before is None:
+            del self._budgets[user]
+        else:
+            self._budgets[user] = before
+
+    def fix(self, pages: int | None) -> None:
+        """Have so many pages from now on, or (None) what the demands add up to. Raises OSError ENOMEM, as `claim`."""
+        self._fixed = pages
+        self.resize()
+
+    def resize(self) -> None:
+        """Make the reserve as large as it must be now. Raises OSError ENOMEM when that is more than half of the arena."""
+        pages = self._env.memory.pages
+        wanted = self._fixed
+        if wanted is None:
+            least = default_min_pages(pages.pages)
+            wanted = sum(budget.pages for budget in self._budgets.values())
+            if wanted:
+                wanted += self.ring_pages()
+            if wanted > max(pages.pages // SHARE_MAX, least):
+                raise OSError(
+                    errno.ENOMEM,
+                    f"a reserve of {wanted << PAGE_SHIFT} bytes is more than half of the packet memory of "
+                    f"{pages.pages << PAGE_SHIFT} bytes: have more memory, or fewer or smaller requests in flight",
+                )
+            wanted = max(wanted, least)
+        if wanted != pages.min_pages:
+            pages.set_min_pages(wanted)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Admission:
     """Counts what is in flight. `enter` when a request may start, `leave` when it is answered.
 
     A request larger than `max_bytes` is let in when it is alone. With `paused` nobody is let in: the transport has enough to
-    send.
+    send. While `may_begin` says no, one is let in when none is in flight, so that there is always one whose answer makes room.
     """
 
-    __slots__ = ("_bytes", "_depth", "_max_bytes", "_waiting", "closed", "count", "paused")
+    __slots__ = ("_bytes", "_depth", "_max_bytes", "_waiting", "closed", "count", "may_begin", "paused")
 
     def __init__(self, depth: int, max_bytes: int) -> None:
         """At most `depth` requests with `max_bytes` bytes of payload together."""
@@ -24,8 +28,13 @@ class Admission:
         self.count = 0
         """Requests in flight."""
         self.paused = False
+        self.may_begin: Callable[[], bool] = _always
         self.closed = False
         """Everybody is let in at once: there is nothing to wait for, and who comes in will see why."""
+
+    def limit_bytes(self, max_bytes: int) -> None:
+        """Let no more than `max_bytes` be in flight, if that is less than before."""
+        self._max_bytes = min(self._max_bytes, max_bytes)
 
     def try_enter(self, nbytes: int) -> bool:
         """Take a place for a request with `nbytes` of payload if there is room and nobody waits for it."""
@@ -69,4 +78,12 @@ class Admission:
     def _has_room(self, nbytes: int) -> bool:
         if self.closed:
             return True
-        return self.count < self._depth and not self.paused and (self._bytes + nbytes <= self._max_bytes or not self.count)
+        if self.paused:
+            return False
+        if not self.count:
+            return True
+        return self.count < self._depth and self._bytes + nbytes <= self._max_bytes and self.may_begin()
+
+
+def _always() -> bool:
+    return True

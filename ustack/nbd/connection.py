@@ -30,6 +30,9 @@ QUEUE_DEPTH: Final = 64
 """Requests in flight on one connection (libnbd's advice)."""
 MAX_BYTES_IN_FLIGHT: Final = 64 << 20
 """Bytes of payload in flight on one connection: two requests of the largest size that every server takes."""
+REQUEST_SIZE: Final = 64 << 10
+"""Bytes of a request that the reserve is made for, unless told otherwise."""
+
 CONNECT_TIMEOUT: Final = 10.0
 """Seconds for TCP connection and negotiation together."""
 REQUEST_TIMEOUT: Final = 30.0
@@ -51,6 +54,7 @@ class ConnectionOptions(TypedDict, total=False):
     purpose: Purpose
     queue_depth: int
     max_bytes_in_flight: int
+    request_size: int
     request_timeout: float | None
 
 
@@ -87,11 +91,13 @@ class Connection(asyncio.BufferedProtocol):
         purpose: Purpose = Purpose.GO,
         queue_depth: int = QUEUE_DEPTH,
         max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
+        request_size: int = REQUEST_SIZE,
         request_timeout: float | None = REQUEST_TIMEOUT,
     ) -> None:
         """At most `queue_depth` requests with `max_bytes_in_flight` bytes of payload are in flight; each must be answered
-        within `request_timeout` seconds (None: whenever it likes), or the connection is given up. ValueError for an impossible
-        name."""
+        within `request_timeout` seconds (None: whenever it likes), or the connection is given up. Over our own stack there is
+        a reserve for `queue_depth` requests of `request_size` bytes each, and no more bytes than that are in flight. ValueError
+        for an impossible name."""
         self.info = ExportInfo(export, 0)
         self.structured_replies = False
         self.negotiation: list[Event] = []
@@ -107,6 +113,8 @@ class Connection(asyncio.BufferedProtocol):
         # Why nothing can be sent any more: (errno, text). The first cause stays.
         self._failure: tuple[int, str] | None = None
         self._leaving = False
+        self._queue_depth = queue_depth
+        self._request_size = request_size
         self._admission = Admission(queue_depth, max_bytes_in_flight)
         self._idle: asyncio.Future[None] | None = None
         self._outgoing: list[Buffer] = []
@@ -327,9 +335,13 @@ class Connection(asyncio.BufferedProtocol):
             self._peer = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
         elif peer:
             self._peer = str(peer)
-        set_memalloc = getattr(transport.get_extra_info("socket"), "set_memalloc", None)
-        if set_memalloc is not None:
-            set_memalloc(True)
+        sock = transport.get_extra_info("socket")
+        if hasattr(sock, "reserve_for"):
+            sock.set_memalloc(True)
+            sock.reserve_for(self._queue_depth, self._request_size)
+            reserve = sock.reserve
+            self._admission.limit_bytes(self._queue_depth * self._request_size)
+            self._admission.may_begin = lambda: bool(reserve.more_than_half_free)
         if self._failure is not None:
             transport.abort()
 
