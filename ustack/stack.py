@@ -91,9 +91,6 @@ class Stack:
         pool_class: Callable[..., Pool] = by_name(pool) if isinstance(pool, str) else type(pool)
         self._make_pool: Callable[[PageAllocator], Pool] = partial(pool_class, **(pool_options or {}))
         if isinstance(pool, str):
-        pool_class: Callable[..., Pool] = by_name(pool) if isinstance(pool, str) else type(pool)
-        self._make_pool: Callable[[PageAllocator], Pool] = partial(pool_class, **(pool_options or {}))
-        if isinstance(pool, str):
             arena = Arena(memory // PAGE_SIZE, lock=lock_memory, memfd=capture > 0)
             pool = self._make_pool(PageAllocator(arena, min_pages=fixed))
         self.pool = pool
