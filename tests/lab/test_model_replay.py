@@ -99,7 +99,7 @@ class UnmarkedRingOf2006(RingOf2006):
         self.frame.pfmemalloc = False
 
 
-RINGS: Final = {
+RINGS: Final[dict[tuple[bool, bool], type[LinearRing]]] = {
     # (drop rule, head last)
     (True, False): RingOf2006,
     (False, False): UnmarkedRingOf2006,
