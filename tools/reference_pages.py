@@ -21,10 +21,23 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, get_args
 
 from ustack import socket_options as ours
 from ustack.drops import DropReason
+from ustack.lab.pressure.faults import SITES
+from ustack.lab.pressure.scenario import (
+    Bounds,
+    Device,
+    Expect,
+    Fault,
+    Link,
+    Memory,
+    Nbd,
+    Scenario,
+    Traffic,
+    bundled,
+)
 from ustack.mib import Mib
 from ustack.socket_options import GETTERS, SETTERS
 from ustack.stack import Stack
@@ -35,6 +48,7 @@ from ustack.transport.udp import UdpConfig
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from ustack.daemon.sections import Section
     from ustack.socket import Socket
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -330,7 +344,126 @@ def _edge(takes: Callable[[int], bool], good: int, bad: int) -> int:
     return good
 
 
+# -- scenarios of the pressure lab -------------------------------------------------------------------------------------------
+
+PRESSURE_SECTIONS: Final = (
+    ("[memory]", Memory),
+    ("[device]", Device),
+    ("[link]", Link),
+    ("[nbd]", Nbd),
+    ("[expect]", Expect),
+)
+"""Sections that are there once."""
+
+PRESSURE_KINDS: Final = (
+    ("[[traffic]]", "What makes memory short. There may be any number, of the same kind or of different ones.", Traffic),
+    ("[[fault]]", "What goes wrong. There may be any number; a fault of the wire adds to the others.", Fault),
+)
+"""Sections that are there any number of times, in kinds."""
+
+
+def pressure_scenarios() -> str:
+    """The page of the format of scenarios."""
+    parts = [PRESSURE_SCENARIOS, _keys(Scenario, ("about", "duration"))]
+    for heading, section in PRESSURE_SECTIONS:
+        parts.append(f"## {heading}\n\n{_doc(section)}\n\n{_keys(section)}")
+        if section is Expect:
+            parts.append(f"A counter and a drop reason are bounded by\n\n{_keys(Bounds)}")
+    for heading, text, kinds in PRESSURE_KINDS:
+        parts.append(f"## {heading}\n\n{text}")
+        for kind in get_args(get_args(kinds)[0]):
+            name = get_args(kind.model_fields["kind"].annotation)[0]
+            parts.append(f'### kind = "{name}"\n\n{_doc(kind)}\n\n{_keys(kind)}')
+    sites = _table(["site", "who allocates"], [[f"`{name}`", text] for name, text in SITES.items()])
+    parts.append(f"## Call sites\n\nNames for `site` of a fault of kind `allocation`.\n\n{sites}\n\n{PRESSURE_SITES}")
+    scenarios = [[f"`{name}`", each.scenario.about] for name, each in bundled().items()]
+    parts.append(f"## Scenarios that come along\n\n{_table(['name', 'what it shows'], scenarios)}")
+    return "\n\n".join(parts) + "\n"
+
+
+PRESSURE_SCENARIOS: Final = """# Scenarios of the pressure lab
+
+What may stand in a file for `ustack pressure run`; [Put memory under pressure](../how-to/put-memory-under-pressure.md) shows
+how to write one. The file is TOML. Values have the types of TOML, keys that nobody knows are refused, and every error names
+the file, the place, the value and what is allowed. Only `about` must be there.
+
+Times are seconds from the moment when the disk has been attached, in virtual time or, with `--real`, in real time. Sizes are
+bytes, or strings with a unit that is a power of 1024, such as `"64K"`. "Sizes" are one size, or an array of the smallest and
+the largest, between which sizes are drawn at random. Rates are per second. The sections `[tcp]` and `[udp]` have the keys of
+the [settings of TCP](tcp-settings.md) and [of UDP](udp-settings.md)."""
+
+PRESSURE_SITES: Final = """Memory is allocated on two levels, and a fault strikes on both: a pool is asked for data and heads,
+by their bytes, and the page allocator for whole pages, by 4096 bytes each. What a pool asks the page allocator for is
+`pool_pages`, whoever asked the pool. A head has two names, `skb_head` and that of who wants the packet; so have pages that a
+ring posts because a frame takes others along. The first of the names is the one under which a failure is counted in
+`injected`, unless the fault names the other."""
+
+
+def _doc(section: type) -> str:
+    return (inspect.getdoc(section) or "").replace("\n", " ")
+
+
+def _keys(section: type[Section], only: Iterable[str] = ()) -> str:
+    rows = []
+    for key, field in section.model_fields.items():
+        if only and key not in only:
+            continue
+        default = "must be there" if field.is_required() else _toml(field.default)
+        rows.append([f"`{key}`", _value_of(str(section.__annotations__.get(key, ""))), default, field.description or ""])
+    inherited = [base for base in section.__mro__[1:] if base.__module__ == section.__module__]
+    for row in rows:
+        for base in inherited:
+            row[1] = row[1] or _value_of(str(base.__annotations__.get(row[0].strip("`"), "")))
+    return _table(["key", "value", "default", "what it is"], [[cell.replace("\n", " ") for cell in row] for row in rows])
+
+
+def _value_of(annotation: str) -> str:
+    """What kind of value an annotation of a scenario means."""
+    for pattern, meaning in PRESSURE_VALUES:
+        if re.match(pattern, annotation):
+            return meaning
+    if annotation.startswith("Literal["):
+        return " or ".join(f'`"{value}"`' for value in re.findall(r"'([^']+)'", annotation))
+    return ""
+
+
+PRESSURE_VALUES: Final = (
+    (r"Annotated\[Literal\[.auto", 'size, `"auto"` or `"off"`'),
+    (r"(Positive)?Size\b", "size"),
+    (r"Sizes\b", "sizes"),
+    (r"(Positive)?Seconds\b", "number"),
+    (r"Rate\b", "number"),
+    (r"Probability\b", "number from 0 to 1"),
+    (r"bool\b", "`true` or `false`"),
+    (r"Annotated\[list\[str\]", 'string or array, or `"all"`'),
+    (r"Annotated\[float \| Literal\[.full", 'number or `"full"`'),
+    (r"Annotated\[int, BeforeValidator\(as_size\)", "size"),
+    (r"Annotated\[int", "integer"),
+    (r"Annotated\[float", "number"),
+    (r"Annotated\[str", "string"),
+    (r"dict\[str, CounterBounds", "table of integers or tables"),
+    (r"dict\[", "table"),
+)
+
+
+def _toml(value: object) -> str:
+    match value:
+        case None | {}:
+            return ""
+        case bool():
+            return f"`{str(value).lower()}`"
+        case str():
+            return f'`"{value}"`'
+        case tuple():
+            return f"`{value[0]}`" if value[0] == value[1] else f"`[{value[0]}, {value[1]}]`"
+        case list():
+            return ", ".join(f'`"{each}"`' for each in value)
+        case _:
+            return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
 PAGES: Final[dict[str, Callable[[], str]]] = {
+    "pressure-scenarios.md": pressure_scenarios,
     "drop-reasons.md": drop_reasons,
     "counters.md": counters,
     "socket-options.md": socket_options,

@@ -7,7 +7,7 @@ import json
 import click
 
 from ustack.cli.pressure_bench import classification
-from ustack.cli.pressure_runs import list_scenarios, run, show
+from ustack.cli.pressure_runs import list_scenarios, report, run, show
 
 
 class Numbers(click.ParamType[list[int], str]):
@@ -31,7 +31,7 @@ def pressure() -> None:
     """
 
 
-for command in (run, list_scenarios, show, classification):
+for command in (run, list_scenarios, show, report, classification):
     pressure.add_command(command)
 
 

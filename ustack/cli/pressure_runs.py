@@ -1,4 +1,4 @@
-"""`ustack pressure run`, `list` and `show`: scenarios and what they came to."""
+"""`ustack pressure run`, `list`, `show` and `report`: scenarios and what they came to."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Run with the seeds 0 to N-1.")
 @click.option("--seed", type=click.IntRange(min=0), help="Run with this seed only.")
 @click.option("--pool", "pools", multiple=True, metavar="NAME", help="Run with this pool instead of those that the file names.")
+@click.option("--real", is_flag=True, help="Run on a TAP in real time, in a network namespace of its own.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes; default: as many as there are cores.")
 @click.option("--dask", metavar="ADDRESS", help="Run on the Dask cluster with this scheduler, such as tcp://10.0.0.1:8786.")
 @click.option("--json", "json_path", metavar="FILE", help="Write a line of JSON for each run; - is the standard output.")
@@ -28,6 +29,7 @@ def run(
     seeds: int,
     seed: int | None,
     pools: tuple[str, ...],
+    real: bool,
     jobs: int | None,
     dask: str | None,
     json_path: str | None,
@@ -43,11 +45,13 @@ def run(
     for pool in pools:
         if pool not in names():
             raise click.BadParameter(f"there is no pool {pool!r}; there are {', '.join(names())}", param_hint="--pool")
+    if real and dask is not None:
+        raise click.UsageError("--real runs on this machine: not with --dask")
     numbers = range(seeds) if seed is None else [seed]
     todo: list[Job] = []
     for text, named in _read(scenarios):
         todo += jobs_of(named.name, text, named.scenario, pools, numbers)
-    results = _run_virtual(todo, jobs, dask)
+    results = _run_real(todo) if real else _run_virtual(todo, jobs, dask)
     sys.exit(_show(results, todo, json_path))
 
 
@@ -87,6 +91,17 @@ def _run_virtual(todo: Sequence[Job], jobs: int | None, dask: str | None) -> Ite
         return run_on_dask(todo, dask)
     workers = min(jobs or os.cpu_count() or 1, len(todo))
     return run_here(todo) if workers == 1 or len(todo) < 2 * workers else run_on_cores(todo, workers)
+
+
+def _run_real(todo: Sequence[Job]) -> Iterator[Result]:
+    from ustack.lab.netns import enter_own
+    from ustack.lab.pressure.real import run_real
+
+    try:
+        enter_own()
+    except OSError as error:
+        raise click.ClickException(error.strerror or str(error)) from None
+    return (run_real(job) for job in todo)
 
 
 def _show(results: Iterator[Result], todo: Sequence[Job], json_path: str | None) -> int:
@@ -221,3 +236,24 @@ def show(name: str) -> None:
         raise click.BadParameter(
             f"there is no scenario {name!r}; `ustack pressure list` shows them", param_hint="NAME"
         ) from None
+
+
+@click.command()
+@click.argument("results", nargs=-1, required=True, metavar="RESULTS.jsonl...")
+@click.option("-o", "--output", required=True, metavar="FILE", help="The page to write.")
+def report(results: tuple[str, ...], output: str) -> None:
+    """Make one HTML page of results that `run --json` has written. It needs nothing else, and no network, to be looked at."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as missing:
+        raise click.ClickException(f"the report needs {missing.name}: pip install 'ustack[lab]'") from None
+    from ustack.lab.pressure.report import BadResults, read_results, write_report
+
+    try:
+        write_report(read_results(results), Path(output))
+    except BadResults as error:
+        click.echo(str(error), err=True)
+        sys.exit(2)
+    except OSError as error:
+        raise click.ClickException(f"{error.filename}: {error.strerror}") from None

@@ -18,15 +18,16 @@ CHUNK: Final = bytes(64 << 10)
 
 
 class DemoPeer:
-    """The demo's end of it: starts the process, in the same network namespace, and talks to it."""
+    """The demo's end of it: starts the process, in the same network namespace, and talks to it. `module` is what it runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = __name__) -> None:
+        self._module = module
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
         # A session of its own: an interrupt from the terminal is for the demo, which then ends us.
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", __name__, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            sys.executable, "-m", self._module, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         return self
 
@@ -37,7 +38,7 @@ class DemoPeer:
         await self._process.wait()
 
     async def do(self, what: str, **args: Any) -> Any:
-        """Let it do `what` (a method of `_Peer`), and return the answer. Raises OSError with its words when it fails."""
+        """Let it do `what` (a method of the object that obeys) and return the answer. Raises OSError with its words."""
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -93,8 +94,8 @@ async def _send_without_end(writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
 
 
-async def _main() -> None:
-    peer = _Peer()
+async def obey(peer: object) -> None:
+    """Do what the lines of the standard input say, which are methods of `peer` and their arguments, until it ends."""
     loop = asyncio.get_running_loop()
     commands = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
@@ -105,7 +106,7 @@ async def _main() -> None:
         answer = loop.create_task(_answer(peer, *json.loads(line)))  # a task, so that the end of input ends it too
 
 
-async def _answer(peer: _Peer, what: str, args: dict[str, Any]) -> None:
+async def _answer(peer: object, what: str, args: dict[str, Any]) -> None:
     try:
         answer = {"ok": await getattr(peer, what)(**args)}
     except OSError as error:
@@ -117,4 +118,4 @@ async def _answer(peer: _Peer, what: str, args: dict[str, Any]) -> None:
 if __name__ == "__main__":
     import uvloop
 
-    uvloop.run(_main())
+    uvloop.run(obey(_Peer()))

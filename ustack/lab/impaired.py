@@ -16,13 +16,15 @@ from pools.buddy import PageAllocator
 from pools.page_per_object import PagePerObjectPool
 from ustack.drops import Drops
 from ustack.link.device import NO_CSUM
+from ustack.link.rxring import PagedRing
 from ustack.link.simwire import Direction, Impairments, SimDevice, WireFrame
 from ustack.skb import SkbMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ustack.link.rxring import RxFrame
+    from ustack.link.device import Device
+    from ustack.link.rxring import RxFrame, RxRing
     from ustack.link.tap import TapDevice
     from ustack.stack import Stack
 
@@ -79,11 +81,17 @@ class ImpairedTap(SimDevice):
     __slots__ = ("_loop", "_ring_memory", "_tap", "back", "there")
 
     def __init__(
-        self, tap: TapDevice, there: Impairments | None = None, back: Impairments | None = None, *, seed: int = 0
+        self,
+        tap: TapDevice,
+        there: Impairments | None = None,
+        back: Impairments | None = None,
+        *,
+        seed: int = 0,
+        ring: Callable[[SkbMemory, int], RxRing] = PagedRing,
     ) -> None:
         if tap.features:
             raise ValueError("a TAP behind a bad wire is opened without offloads: its frames must be complete")
-        super().__init__(tap.name, tap.mac, tap.mtu, 0)
+        super().__init__(tap.name, tap.mac, tap.mtu, 0, ring)
         self._tap = tap
         self._loop = loop = asyncio.get_running_loop()
         clock = RealTime(loop, seed)
@@ -92,13 +100,14 @@ class ImpairedTap(SimDevice):
         self.wire = self.there.send
         self._ring_memory = PagePerObjectPool(PageAllocator(Arena(RING_PAGES), min_pages=0))
 
-    def start(self, stack: Stack) -> None:
-        """Let frames come in, and wake `stack` when some have arrived."""
+    def start(self, stack: Stack, polled: Device | None = None) -> None:
+        """Let frames come in, and wake `stack` when some have arrived; `polled` is a device around this one, if any."""
+        device = self if polled is None else polled
 
         def receive() -> None:
             stack.tick()
             while self.waiting:
-                stack.receive(self)
+                stack.receive(device)
 
         def receive_soon() -> None:
             self._loop.call_soon(receive)

@@ -6,6 +6,7 @@ Results come in the order of the jobs, wherever they were run, so that the same 
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import signal
 from collections import deque
@@ -13,7 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from ustack.lab.pressure.result import FORMAT, Job, Result
+from ustack.lab.pressure.result import FORMAT, Job, Result, to_line
 from ustack.lab.pressure.virtual import run_virtual
 
 if TYPE_CHECKING:
@@ -89,13 +90,19 @@ def run_on_dask(jobs: Sequence[Job], address: str) -> Iterator[Result]:
 
     with Client(address) as client:  # type: ignore[no-untyped-call]
         workers = max(sum(client.nthreads().values()), 1)
-        yield from _in_order(jobs, workers, lambda batch: client.submit(run_batch, batch, pure=False))
+        for lines in _in_order(jobs, workers, lambda batch: client.submit(_run_batch_in_text, batch, pure=False)):
+            yield json.loads(lines)
 
 
-def _in_order(jobs: Sequence[Job], workers: int, submit: Callable[[list[Job]], Any]) -> Iterator[Result]:
+def _run_batch_in_text(jobs: list[Job]) -> list[str]:
+    """Run several; as text, because on the way over a cluster lists become tuples."""
+    return [to_line(found) for found in run_batch(jobs)]
+
+
+def _in_order(jobs: Sequence[Job], workers: int, submit: Callable[[list[Job]], Any]) -> Iterator[Any]:
     rest = iter(jobs)
     size = max(min(BATCH, len(jobs) // (2 * workers)), 1)
-    waiting: deque[Future[list[Result]]] = deque()
+    waiting: deque[Future[list[Any]]] = deque()
     while True:
         while len(waiting) < workers * AHEAD and (batch := list(islice(rest, size))):
             waiting.append(submit(batch))

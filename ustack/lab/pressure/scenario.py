@@ -138,7 +138,8 @@ class Device(Section):
     mode: Literal["paged", "linear"] = "paged"
     """The receive ring: `paged` (packet split, small frames copied) or `linear` (one contiguous buffer a frame)."""
     offload: bool = True
-    """Checksum offload and super-frames of up to 64 KiB. A linear ring receives no super-frames."""
+    """Checksum offload and super-frames of up to 64 KiB. A linear ring receives no super-frames. With `--real` there are none
+    when the wire is bad, or is cut: bits that flip on the wire must be noticed."""
     mtu: Annotated[int, Field(ge=576, le=9000)] = 1500
     """Bytes of the largest IP packet; 9000 for jumbo frames."""
 
@@ -357,8 +358,7 @@ class ServerRestart(_Fault):
     down: Seconds = 1.0
     """Seconds until it listens again; until then connecting is refused."""
     crash: bool = False
-    """Its end is not told to anybody: the machine loses its power, and does not answer while it is down. With `--real` the
-    server's process is killed, and its frames are lost while it is down."""
+    """Its end is not told to anybody: the machine loses its power, and does not answer while it is down."""
 
 
 Fault = Annotated[AllocationFault | LinkFault | Cut | PeerMac | ServerRestart, Field(discriminator="kind")]

@@ -8,13 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from random import Random
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from ustack.lab.pressure.frames import FloodTraffic, FrameSource
 from ustack.lab.pressure.run import EXPORT, run
 from ustack.lab.pressure.scenario import (
-    Cut,
-    LinkFault,
     PeerMac,
     Scenario,
     ServerRestart,
@@ -22,10 +20,11 @@ from ustack.lab.pressure.scenario import (
     parse,
 )
 from ustack.lab.pressure.subject import ADDRESS, PEER, PREFIX_LEN, Repeat, Subject, tcp_port, udp_port
+from ustack.lab.pressure.wire_faults import WireFaults
 from ustack.lab.world import VirtualLoop, World
 from ustack.link.device import FEATURE_CSUM, FEATURE_TSO, NO_CSUM
 from ustack.link.rxring import LinearRing, PagedRing
-from ustack.link.simwire import Direction, Impairments, SimDevice, SimWire, WireFrame
+from ustack.link.simwire import Impairments, SimDevice, SimWire, WireFrame
 from ustack.nbd.export import MemoryExport
 from ustack.nbd.server import NbdServer
 from ustack.stack import Stack
@@ -43,6 +42,8 @@ PEER_MEMORY: Final = 4 << 20
 PEER_MAC: Final = bytes((2, 0, 0, 0, 0, 1))
 SUBJECT_MAC: Final = bytes((2, 0, 0, 0, 0, 2))
 NBD_PORT: Final = 10809
+
+ARP: Final = ethernet.ETH_P_ARP.to_bytes(2, "big")
 
 ZEROES: Final = bytes(65536)
 
@@ -94,8 +95,8 @@ class VirtualPeer:
         self.stack = Stack(memory=PEER_MEMORY, random=Random(world.random.getrandbits(64)))
         self._wire = wire
         self._mac = device.mac
-        self._lost = 0
-        self._cuts = {"in": 0, "out": 0}
+        self._astray = 0
+        self._faults = WireFaults(wire.there, wire.back)
         self._export: MemoryExport
         self._server: NbdServer | None = None
         self._listener: asyncio.AbstractServer | None = None
@@ -109,40 +110,28 @@ class VirtualPeer:
     # -- the wire --
 
     def _to_peer(self, frame: WireFrame) -> None:
-        if self._cuts["out"]:
-            self._lost += 1
-            return
         if self._mac != PEER_MAC and not frame.data[0] & 1:
             if frame.data[:6] != self._mac:
-                self._lost += 1  # to a station that is gone
+                self._astray += 1
                 return
             frame.data = PEER_MAC + frame.data[6:]
         self._wire.there.send(frame)
 
     def _from_peer(self, frame: WireFrame) -> None:
-        if self._cuts["in"]:
-            self._lost += 1
-            return
         if self._mac != PEER_MAC:
-            frame.data = frame.data.replace(PEER_MAC, self._mac, 2) if _is_arp(frame) else _with_source(frame.data, self._mac)
+            data = frame.data
+            frame.data = data.replace(PEER_MAC, self._mac, 2) if data[12:14] == ARP else data[:6] + self._mac + data[12:]
         self._wire.back.send(frame)
 
     def wire(self) -> Result:
-        """Frames in each direction, and what the wire lost of them."""
-        there, back = self._wire.there, self._wire.back
-        return {
-            "out": there.frames,
-            "in": back.frames,
-            "lost": there.drops.total() + back.drops.total() + self._lost,
-            "duplicated": there.duplicated + back.duplicated,
-            "corrupted": there.corrupted + back.corrupted,
-        }
+        """See `run.Peer`; `astray` are frames to a station that is gone."""
+        return {**self._faults.report(), "astray": self._astray}
 
     # -- the server --
 
     async def serve(self, size: int) -> int:
         """See `run.Peer`."""
-        self._export = _Disk(size, EXPORT)
+        self._export = Disk(size, EXPORT)
         await self._start_server()
         return NBD_PORT
 
@@ -152,14 +141,14 @@ class VirtualPeer:
 
     async def _restart_server(self, fault: ServerRestart) -> None:
         if fault.crash:
-            self._cut("both")
+            self._faults.cut("both")
         assert self._server is not None
         assert self._listener is not None
         self._listener.close()
         await self._server.close()
         await asyncio.sleep(fault.down)
         if fault.crash:
-            self._mend("both")
+            self._faults.mend("both")
         await self._start_server()
 
     # -- traffic and faults --
@@ -171,13 +160,9 @@ class VirtualPeer:
                 self._later(traffic.start, lambda traffic=traffic, number=number: self._send(traffic, number))  # type: ignore[misc]
             elif isinstance(traffic, FloodTraffic):
                 self._flood(traffic, number)
+        self._faults.begin(self._scenario)
         for fault in self._scenario.fault:
-            if isinstance(fault, Cut):
-                self._later(fault.start, lambda fault=fault: self._cut(fault.direction))  # type: ignore[misc]
-                self._later(fault.start + fault.duration, lambda fault=fault: self._mend(fault.direction))  # type: ignore[misc]
-            elif isinstance(fault, LinkFault):
-                self._later(fault.start, lambda fault=fault: self._impair(fault))  # type: ignore[misc]
-            elif isinstance(fault, PeerMac):
+            if isinstance(fault, PeerMac):
                 self._later(fault.start, lambda fault=fault: self._change_mac(fault))  # type: ignore[misc]
             elif isinstance(fault, ServerRestart):
                 self._later(fault.start, lambda fault=fault: self._spawn(fault))  # type: ignore[misc]
@@ -213,31 +198,6 @@ class VirtualPeer:
 
         self._repeats.append(Repeat(traffic.rate, traffic.start, traffic.stop, step))
 
-    def _cut(self, direction: str) -> None:
-        for each in ("in", "out") if direction == "both" else (direction,):
-            self._cuts[each] += 1
-
-    def _mend(self, direction: str) -> None:
-        for each in ("in", "out") if direction == "both" else (direction,):
-            self._cuts[each] -= 1
-
-    def _impair(self, fault: LinkFault) -> None:
-        changes = impairment_changes(fault)
-        for name, direction in (("out", self._wire.there), ("in", self._wire.back)):
-            if fault.direction in ("both", name):
-                self._change(direction, changes, fault)
-
-    def _change(self, direction: Direction, changes: dict[str, float], fault: LinkFault) -> None:
-        before = direction.impairments
-        direction.impairments = Impairments(**{**_fields(before), **changes})
-        if fault.stop is not None:
-
-            def mend() -> None:
-                kept = {name: getattr(before, name) for name in changes}
-                direction.impairments = Impairments(**{**_fields(direction.impairments), **kept})
-
-            self._later(fault.stop - fault.start, mend)
-
     def _change_mac(self, fault: PeerMac) -> None:
         last = int.from_bytes(self._mac[-2:], "big") + 0x100
         self._mac = self._mac[:4] + (last & 0xFFFF).to_bytes(2, "big")
@@ -252,6 +212,7 @@ class VirtualPeer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for repeat in self._repeats:
             repeat.cancel()
+        self._faults.end()
         for timer in self._timers:
             timer.cancel()
         for sender in self._senders:
@@ -262,7 +223,7 @@ class VirtualPeer:
             await self._server.close()
 
 
-class _Disk(MemoryExport):
+class Disk(MemoryExport):
     """A disk that outlives its server."""
 
     def close(self) -> None:
@@ -305,29 +266,11 @@ class _Sender:
             self._sock = None
 
 
-def impairment_changes(fault: LinkFault) -> dict[str, float]:
-    """What of the impairments of the wire the fault sets."""
-    names = ("delay", "jitter", "loss", "duplicate", "corrupt")
-    return {name: value for name in names if (value := getattr(fault, name)) is not None}
-
-
 def announcement(mac: bytes, address: bytes) -> bytes:
     """A gratuitous ARP request: `address` is at `mac` (RFC 5227, section 3)."""
     request = arp.build(arp.ARPOP_REQUEST, mac, address, bytes(6), address)
     return ethernet.build_header(ethernet.BROADCAST, mac, ethernet.ETH_P_ARP) + request
 
 
-def _fields(impairments: Impairments) -> dict[str, Any]:
-    return {name: getattr(impairments, name) for name in Impairments.__dataclass_fields__}
-
-
 def _packed(address: str) -> bytes:
     return bytes(int(part) for part in address.split("."))
-
-
-def _is_arp(frame: WireFrame) -> bool:
-    return frame.data[12:14] == b"\x08\x06"
-
-
-def _with_source(data: bytes | bytearray, mac: bytes) -> bytes | bytearray:
-    return data[:6] + mac + data[12:]

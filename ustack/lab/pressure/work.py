@@ -37,6 +37,24 @@ class Latencies:
         self.count += 1
         self.largest = max(self.largest, seconds)
 
+    def merge(self, report: dict[str, Any]) -> None:
+        """Add what `report` of another gave."""
+        for upper, count in report["histogram"]:
+            bucket = round(PER_OCTAVE * log2(max(upper, FINEST) / FINEST))
+            self.buckets[bucket] = self.buckets.get(bucket, 0) + count
+            self.count += count
+        self.largest = max(self.largest, report["max"])
+
+    def cumulative(self) -> tuple[list[float], list[float]]:
+        """The upper bounds of the buckets, and the share of all that lies below each."""
+        seen = 0
+        times, shares = [], []
+        for bucket, count in sorted(self.buckets.items()):
+            seen += count
+            times.append(min(bound(bucket), self.largest))
+            shares.append(seen / self.count)
+        return times, shares
+
     def quantile(self, share: float) -> float:
         """Seconds within which that share of all was done, rounded up to the bound of a bucket; 0 when there are none."""
         wanted = share * self.count
