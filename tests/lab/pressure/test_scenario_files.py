@@ -22,7 +22,7 @@ def test_a_sentence_is_enough() -> None:
     assert named.name == "s"
     scenario = named.scenario
     assert scenario.memory.pool == ["kmalloc"]
-    assert scenario.memory.reserve_bytes() is None
+    assert scenario.memory.reserve_of_stack() == "auto"
     assert scenario.must_finish
 
 
@@ -45,7 +45,7 @@ PFMEMALLOC = { min = 1 }
         "s.toml",
     ).scenario
     assert scenario.memory.pool == ["nta", "srog"]
-    assert scenario.memory.reserve_bytes() == 0
+    assert scenario.memory.reserve_of_stack() == 0
     (traffic,) = scenario.traffic
     assert isinstance(traffic, TcpBlocked)
     assert traffic.write == (100, 1024)

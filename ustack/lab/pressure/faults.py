@@ -142,21 +142,23 @@ class FaultyPages(PageAllocator):
 
 
 def faulty(kind: type[Pool], faults: AllocationFaults) -> type[Pool]:
-    """The pool class `kind` with allocations that fail when `faults` says so."""
+    """The pool class `kind` with allocations that fail when `faults` says so. On pages other than `FaultyPages`, such as those
+    on which the size of the reserve is worked out, none do.
+    """
 
     class Faulty(kind):  # type: ignore[valid-type, misc]  # a base that is a variable
         name = kind.name
 
         def alloc(self, size: int, gfp: int, cpu: int = 0, group: int = NULL) -> int:
             """See `Pool.alloc`."""
-            if faults.fails(size, gfp, (faults.site,)):
+            if isinstance(self.pages, FaultyPages) and faults.fails(size, gfp, (faults.site,)):
                 self.stats.failures += 1
                 return NULL
             return int(super().alloc(size, gfp, cpu, group))
 
         def alloc_head(self, gfp: int, cpu: int = 0, group: int = NULL) -> int:
             """See `Pool.alloc_head`."""
-            if faults.fails(self.head_charge, gfp, (SKB_HEAD, faults.site)):
+            if isinstance(self.pages, FaultyPages) and faults.fails(self.head_charge, gfp, (SKB_HEAD, faults.site)):
                 self.stats.failures += 1
                 return NULL
             return int(super().alloc_head(gfp, cpu, group))

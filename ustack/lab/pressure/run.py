@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from ustack.drops import DropReason
 from ustack.lab.pressure.result import Ending, Job, Result, report
 from ustack.lab.pressure.work import DiskWork
 from ustack.nbd import NbdClient
@@ -18,8 +19,12 @@ if TYPE_CHECKING:
 
     from ustack.lab.pressure.scenario import Scenario
     from ustack.lab.pressure.subject import Subject
+    from ustack.stack import Stack
 
 EXPORT: Final = "disk"
+
+WANT_OF_MEMORY: Final = (DropReason.NOMEM, DropReason.PROTO_MEM, DropReason.MEM_PRESSURE)
+"""Why frames are dropped when memory is full."""
 
 FULL_CHECK: Final = 0.01
 """Seconds between two looks at whether an allocation has failed: one that fails tells nobody."""
@@ -45,7 +50,7 @@ async def run(job: Job, scenario: Scenario, mode: str, subject: Subject, peer: P
     """Run `job`; the stack is left open. Raises OSError when the disk cannot be attached."""
     loop = asyncio.get_running_loop()
     port = await peer.serve(scenario.nbd.disk)
-    disk = await _attach(subject, host, port, scenario.nbd.depth + 1)
+    disk = await _attach(subject, host, port, scenario)
     work = DiskWork(disk, scenario.nbd, random)
     began = loop.time()
     subject.begin()
@@ -67,19 +72,26 @@ def ending_is_bad(work: DiskWork) -> bool:
     return bool(work.failure) or work.done < work.planned
 
 
-async def _attach(subject: Subject, host: str, port: int, depth: int) -> NbdClient:
+async def _attach(subject: Subject, host: str, port: int, scenario: Scenario) -> NbdClient:
     async def create(factory: Any, host: str, port: int) -> tuple[Any, Any]:
         return await subject.stack.create_connection(factory, host, port, memalloc=True)
 
     connector = connector_for(NbdUri("nbd", host, port, EXPORT), create)
-    return await NbdClient.open(connector, EXPORT, queue_depth=depth, request_timeout=None)
+    depth = scenario.nbd.depth + bool(scenario.nbd.heartbeat)
+    largest = scenario.nbd.request_size[1]
+    return await NbdClient.open(connector, EXPORT, queue_depth=depth, request_size=largest, request_timeout=None)
+
+
+def _is_full(stack: Stack) -> bool:
+    """Whether somebody did not get memory: no page, or no place because there are too few pages, or too many are his."""
+    return sum(stack.pages.failures) > 0 or any(stack.drops[reason] for reason in WANT_OF_MEMORY)
 
 
 async def _work(scenario: Scenario, subject: Subject, work: DiskWork, deadline: float) -> Ending:
     loop = asyncio.get_running_loop()
     start = scenario.nbd.start
     if isinstance(start, str):
-        while sum(subject.stack.pages.failures) == 0:
+        while not _is_full(subject.stack):
             if loop.time() >= deadline:
                 return "never full"
             await asyncio.sleep(FULL_CHECK)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field
 
 from pools.arena import PAGE_SIZE, Arena
-from pools.base import Pool, by_name
+from pools.base import by_name
 from pools.base import names as pool_names
 from pools.buddy import PageAllocator
 from pools.nta import V1, V2
@@ -120,16 +120,14 @@ class Memory(Section):
     size: Annotated[int, BeforeValidator(as_size), Field(ge=MEMORY_MIN)] = 2 << 20
     """Bytes of packet memory."""
     reserve: Annotated[Literal["auto", "off"] | int, BeforeValidator(_reserve)] = "auto"
-    """Bytes that only memalloc sockets may use; `auto`: as the stack finds right, `off`: none."""
+    """Bytes that only memalloc sockets may use; `auto`: as many as the requests of `[nbd]` need, `off`: none."""
     parameters: dict[str, Annotated[Any, BeforeValidator(_parameter)]] = {}  # noqa: RUF012
     """Parameters of the pool, by the names that its class has, such as `lanes = 2`. For `nta`, `version` is `"v1"` or `"v2"`,
     or a table of constants that differ from those of v2."""
 
-    def reserve_bytes(self) -> int | None:
-        """The reserve in bytes; None for `auto`."""
-        if isinstance(self.reserve, str):
-            return None if self.reserve == "auto" else 0
-        return self.reserve
+    def reserve_of_stack(self) -> int | Literal["auto"]:
+        """The reserve as a stack takes it: bytes, or "auto"."""
+        return 0 if self.reserve == "off" else self.reserve
 
 
 class Device(Section):
@@ -382,7 +380,8 @@ class Nbd(Section):
     reads: Probability = 0.5
     """Share of the requests that read."""
     start: Annotated[float | Literal["full"], BeforeValidator(_start)] = "full"
-    """When the work begins; `full`: as soon as an ordinary allocation has failed."""
+    """When the work begins; `full`: as soon as an allocation has failed, or a frame was dropped for want of memory (`NOMEM`,
+    `PROTO_MEM`, `MEM_PRESSURE`)."""
     pause: Seconds = 0.0
     """Mean of the time between the end of a request and the next of the same worker, exponentially distributed."""
     heartbeat: Seconds = 0.0
@@ -464,11 +463,8 @@ class Scenario(Section):
 # -- pools with parameters ---------------------------------------------------------------------------------------------------
 
 
-def make_pool(name: str, pages: PageAllocator, parameters: dict[str, Any], kind: type[Pool] | None = None) -> Pool:
-    """The pool `name` with `parameters`; `kind` is its class, or one that is derived from it.
-
-    Raises ValueError when the pool has no such parameter or does not take its value.
-    """
+def pool_options(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """`parameters` as the class of the pool `name` takes them. Raises ValueError for a value that is none."""
     options = dict(parameters)
     version = options.get("version")
     if name == "nta" and version is not None:
@@ -477,8 +473,13 @@ def make_pool(name: str, pages: PageAllocator, parameters: dict[str, Any], kind:
         except (KeyError, ValueError):
             constants = ", ".join(V2._fields)
             raise ValueError(f'version: allowed is "v1", "v2" or a table of {constants}') from None
+    return options
+
+
+def _check_parameters(name: str, memory: Memory) -> None:
+    """Make the pool once. Raises ValueError when it has no such parameters, or does not take their values."""
     try:
-        return (kind or by_name(name))(pages, **options)
+        by_name(name)(PageAllocator(Arena(memory.size // PAGE_SIZE)), **pool_options(name, memory.parameters))
     except (TypeError, AssertionError) as error:
         raise ValueError(f"{name} does not take these parameters: {error}") from None
 
@@ -526,13 +527,13 @@ def bundled_text(name: str) -> str:
 def _contradictions(scenario: Scenario) -> Iterator[str]:
     """What is right by itself and wrong together."""
     memory = scenario.memory
-    reserve = memory.reserve_bytes()
-    if reserve is not None and reserve > memory.size - PAGE_SIZE:
+    reserve = memory.reserve_of_stack()
+    if isinstance(reserve, int) and reserve > memory.size - PAGE_SIZE:
         yield f"[memory] reserve = {reserve}: allowed is less than the whole memory, {memory.size}"
     if memory.parameters:
         for name in memory.pool:
             try:
-                make_pool(name, PageAllocator(Arena(memory.size // PAGE_SIZE)), memory.parameters)
+                _check_parameters(name, memory)
             except ValueError as error:
                 yield f"[memory.parameters]: {error}"
     for number, traffic in enumerate(scenario.traffic):

@@ -32,7 +32,7 @@ from ustack.lab.pressure.scenario import (
     Scenario,
     TcpBlocked,
     UdpBlocked,
-    make_pool,
+    pool_options,
 )
 from ustack.skb import Account, Skb, SkbMemory
 from ustack.stack import Stack
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from random import Random
 
+    from pools.base import Pool
     from ustack.link.device import Device
     from ustack.socket import Socket
 
@@ -92,19 +93,22 @@ class Subject:
         self.random = random
         memory = scenario.memory
         pages = memory.size // PAGE_SIZE
-        reserve = memory.reserve_bytes()
-        min_pages = None if reserve is None else reserve // PAGE_SIZE
-        kind = by_name(pool)
+        reserve = memory.reserve_of_stack()
+        min_pages = reserve // PAGE_SIZE if isinstance(reserve, int) else None
+        kind: Callable[..., Pool] = by_name(pool)
         injected = [fault for fault in scenario.fault if isinstance(fault, AllocationFault)]
         self.faults = AllocationFaults(injected, random) if injected else None
         if self.faults is not None:
             allocator: PageAllocator = FaultyPages(Arena(pages), self.faults, min_pages)
-            kind = faulty(kind, self.faults)
+            kind = faulty(by_name(pool), self.faults)
         else:
             allocator = PageAllocator(Arena(pages), min_pages=min_pages)
         self.pool = pool
+        options = pool_options(pool, memory.parameters)
         self.stack = Stack(
-            pool=make_pool(pool, allocator, memory.parameters, kind),
+            pool=kind(allocator, **options),
+            pool_options=options,
+            reserve=reserve,
             tcp=scenario.tcp_config(),
             udp=scenario.udp_config(),
             random=random,
