@@ -55,7 +55,14 @@ address = "10.77.0.2/24"
 ```
 """
 
-FIXED: Final = {"device": "*", "address": "*", "memory": {"pool", "size", "lock"}, "tcp": MEM_KEYS, "udp": "*", "control": "*"}
+FIXED: Final = {
+    "device": "*",
+    "address": "*",
+    "memory": {"pool", "size", "lock", "capture"},
+    "tcp": MEM_KEYS,
+    "udp": "*",
+    "control": "*",
+}
 """What `ustack.daemon.daemon` does not change while it runs."""
 
 SETTINGS: Final[dict[type, type]] = {Tcp: TcpConfig, Udp: UdpConfig}
@@ -93,7 +100,7 @@ def _kind(field: FieldInfo) -> str:
 
 
 def _is_size(field: FieldInfo) -> bool:
-    return any(getattr(getattr(rule, "func", None), "__name__", "") in ("as_size", "_reserve") for rule in field.metadata)
+    return any(getattr(getattr(rule, "func", None), "__name__", "") in ("as_size", "_auto_or_size") for rule in field.metadata)
 
 
 def _default(field: FieldInfo) -> str:

@@ -152,13 +152,16 @@ def _sources() -> dict[str, ast.Module]:
     return {str(path.relative_to(SOURCE)): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
 
 
+TELLING: Final = ("drops.py", "link/sniffer.py")
+
+
 def _files_with(is_it: Callable[[ast.AST], bool]) -> list[str]:
     return [file for file, tree in _sources().items() if any(is_it(node) for node in ast.walk(tree))]
 
 
 def files_that_drop(reason: str) -> list[str]:
-    """The files of ustack/ that name `DropReason.reason`."""
-    return _files_with(
+    """The files of ustack/ that name `DropReason.reason`, except those that only tell what has been dropped."""
+    naming = _files_with(
         lambda node: (
             isinstance(node, ast.Attribute)
             and node.attr == reason
@@ -166,6 +169,7 @@ def files_that_drop(reason: str) -> list[str]:
             and node.value.id == "DropReason"
         )
     )
+    return [file for file in naming if file not in TELLING]
 
 
 def files_that_count(counter: str) -> list[str]:

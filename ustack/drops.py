@@ -108,6 +108,21 @@ class DropReason(IntEnum):
 DROP_REASONS: Final = len(DropReason)
 
 
+DROPS_OF_OTHERS: Final = frozenset(
+    {
+        DropReason.TX_DEVICE,
+        DropReason.ICMP_RATELIMIT,
+        DropReason.TCP_OFO_QUEUE_PRUNE,
+        DropReason.NEIGH_QUEUEFULL,
+        DropReason.NEIGH_FAILED,
+        DropReason.IP_OUTNOROUTES,
+        DropReason.WIRE_LOSS,
+        DropReason.WIRE_QUEUE,
+    }
+)
+"""What may be counted while a frame is delivered and is not said of that frame, but of an answer or of one that waited."""
+
+
 class Drops:
     """Dropped packets by reason: `counts[reason]`."""
 

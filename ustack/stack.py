@@ -129,13 +129,17 @@ class Stack:
                 if not interface.on_link(router) or router in (interface.address, interface.broadcast):
                     raise ValueError(f"gateway {gateway} is no other host on the network of {address}")
             device.attach(self.env.memory, self.drops, interface.input)
-            self.ip.add_interface(interface)
+            self.sniffers.watch(device)
+            try:
+                self.ip.add_interface(interface)
+            except ValueError:
+                self.sniffers.forget(device)
+                raise
         except (ValueError, OSError):
             device.close()
             raise
         self.interfaces.append(interface)
         self.reserve.watch(device)
-        self.sniffers.watch(device)
         if gateway is not None:
             self.add_route("0.0.0.0/0", gateway)
         self.pump.add(device)

@@ -85,7 +85,7 @@ async def test_a_client_that_ends_its_side_at_once_still_gets_its_answers(tmp_pa
         (b"\xff\xfe\n", errno.EINVAL, "a request is a line"),
         (b'{"call": "ss", "args": []}\n', errno.EINVAL, "args must be an object"),
         (b'{"call": "ss", "args": {"a": 1}}\n', errno.EINVAL, "ss takes no arguments"),
-        (b'{"call": "reboot"}\n', errno.ENOSYS, "no call 'reboot'; there are add_class, classes, compact, connect"),
+        (b'{"call": "reboot"}\n', errno.ENOSYS, "no call 'reboot'; there are add_class, capture, classes, compact, connect"),
         (b'{"call": "connect"}\n', errno.EINVAL, "host"),
         (b'{"call": "connect", "args": {"host": "10.0.0.1", "port": 1}}\n', errno.ENETUNREACH, "unreachable"),
         (b'{"call": "connect", "args": {"host": "name", "port": 1}}\n', errno.EINVAL, "is not an IPv4 address"),

@@ -53,7 +53,8 @@ def test_every_descriptor_is_read_once_in_order_and_as_it_was_written(steps: lis
                 if writer.room():
                     write(writer, writer.written)
                 else:
-                    writer.missed += 1
+                    writer.miss()
+                    assert reader.missed == writer.missed
             elif step == "read":
                 try:
                     found = reader.read()

@@ -16,6 +16,7 @@ COMMANDS: Final = (
     "status",
     "ping",
     "nc",
+    "capture",
     "ss",
     "nstat",
     "slabinfo",

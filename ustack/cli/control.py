@@ -63,6 +63,17 @@ class Control:
             line += self.socket.recv(seen.find(b"\n") + 1 or len(seen))
         return _answer(bytes(line))
 
+    def call_for_descriptors(self, name: str, count: int, **args: Any) -> tuple[Any, list[int]]:
+        """Ask, and return the answer and the `count` descriptors that come with it, which are the caller's."""
+        self.send(name, **args)
+        line, fds, _, _ = socket.recv_fds(self.socket, 0xFFFF, count)
+        while not line.endswith(b"\n"):
+            more = self.socket.recv(0xFFFF)
+            if not more:
+                raise OSError(errno.ECONNRESET, "the daemon has closed the control socket")
+            line += more
+        return _answer(line)["ok"], fds
+
     def call(self, name: str, **args: Any) -> Any:
         """Ask, and return the answer."""
         self.send(name, **args)

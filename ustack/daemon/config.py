@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
 
+CAPTURE_SHARE: Final = 16
+"""The part of packet memory that captures may pin, unless the file says otherwise."""
+
 MEMORY_MIN: Final = 1 << 20
 """Bytes of the smallest arena that is of any use: a receive ring and a connection."""
 
@@ -107,7 +110,7 @@ def _uri(value: object) -> object:
     return value
 
 
-def _reserve(value: object) -> object:
+def _auto_or_size(value: object) -> object:
     allowed = f'"auto", {EXAMPLES}'
     if value == "auto":
         return value
@@ -165,9 +168,13 @@ class Memory(Section):
     """The allocator that lays packets on pages."""
     size: Annotated[int, BeforeValidator(as_size), Field(ge=MEMORY_MIN)] = 64 << 20
     """Bytes of packet memory."""
-    reserve: Annotated[Literal["auto"] | int, BeforeValidator(_reserve)] = "auto"
+    reserve: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_size)] = "auto"
     """Bytes that only memalloc sockets may use. `auto`: as many as the NBD exports need by their `requests` and
     `request_size`."""
+    capture: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_size)] = "auto"
+    """Bytes of it that captures may pin, all together (`ustack capture`). `auto`: a sixteenth of the memory. 0: nobody may
+    capture, and no other process can map the memory.
+    """
     lock: bool = False
     """Keep the memory from being swapped out (mlock(2); needs CAP_IPC_LOCK or a sufficient RLIMIT_MEMLOCK)."""
 
@@ -263,6 +270,11 @@ class Config(Section):
         """The section `udp` as the stack takes it."""
         return UdpConfig(**self.udp.model_dump())
 
+    def capture_bytes(self) -> int:
+        """What captures may pin, in bytes."""
+        capture = self.memory.capture
+        return self.memory.size // CAPTURE_SHARE if isinstance(capture, str) else capture
+
 
 # -- reading -----------------------------------------------------------------------------------------------------------------
 
@@ -298,6 +310,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     reserve = config.memory.reserve
     if isinstance(reserve, int) and reserve > config.memory.size - PAGE_SIZE:
         yield f"[memory] reserve = {reserve}: allowed is less than the whole memory, {config.memory.size}"
+    if config.capture_bytes() > config.memory.size // 2:
+        yield f"[memory] capture = {config.capture_bytes()}: allowed is at most half of the memory, {config.memory.size // 2}"
     yield from _descents("tcp", config.tcp)
     yield from _descents("udp", config.udp)
 

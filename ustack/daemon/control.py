@@ -9,6 +9,9 @@
     -> {"call": "connect", "args": {"host": "10.77.0.1", "port": 1}}
     <- {"error": {"errno": 111, "message": "Connection refused"}}
 
+With the `ok` of `capture` come descriptors, by which the client maps the packet memory (`ustack.daemon.capture`); the capture
+ends when the client closes its side.
+
 A client may make one call after the other. After the `ok` of `connect`, and after the `ok` with the peer of `listen`, the
 socket is no control socket any more but the connection itself, byte for byte (`ustack.daemon.relay`). A client that goes
 away ends what it asked for. Whoever may open the socket may do all of this: its permission bits are the access control.
@@ -26,9 +29,10 @@ from inspect import isawaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ustack.daemon import memory_calls, reports
+from ustack.daemon import capture, memory_calls, reports
 from ustack.daemon.ping import PingSeries
 from ustack.daemon.relay import DatagramEnd, StreamEnd, accept_datagrams
+from ustack.link.sniffer import SNAPLEN_MAX
 from ustack.socket import pack_host, unpack_host
 
 if TYPE_CHECKING:
@@ -228,6 +232,12 @@ class Session(asyncio.Protocol):
             code = error.errno if error.errno and error.errno > 0 else errno.EINVAL  # gaierror has numbers of its own
             self._send({"error": {"errno": code, "message": error.strerror or str(error)}})
 
+    async def _capture(self, interface: str | None = None, snaplen: int = SNAPLEN_MAX) -> None:
+        """Let the client sniff until it goes away."""
+        with capture.sniffer(self._server.stack, self._transport, interface, snaplen):
+            self._waits_for_peer = True  # nothing more is said: the end of the client's side ends it
+            await asyncio.get_running_loop().create_future()
+
     async def _ping(
         self,
         host: str,
@@ -379,6 +389,7 @@ class _Refused(asyncio.Protocol):
 
 
 _STREAMING: Final[dict[str, Callable[..., Any]]] = {
+    "capture": Session._capture,
     "ping": Session._ping,
     "connect": Session._connect,
     "listen": Session._listen,

@@ -101,6 +101,7 @@ class Daemon:
                 pool=memory.pool,
                 reserve=memory.reserve,
                 lock_memory=memory.lock,
+                capture=config.capture_bytes(),
                 tcp=config.tcp_config(),
                 udp=config.udp_config(),
             )
@@ -252,7 +253,7 @@ def _fixed_changes(old: Config, new: Config) -> Iterator[str]:
     """What has changed in the file that cannot change while the daemon runs."""
     for section, keys in (
         ("device", list(type(old.device).model_fields)),
-        ("memory", ["pool", "size", "lock"]),
+        ("memory", ["pool", "size", "lock", "capture"]),
         ("tcp", MEM_KEYS),
         ("udp", list(type(old.udp).model_fields)),
         ("control", list(type(old.control).model_fields)),

@@ -48,6 +48,14 @@ def memory(stack: Stack) -> dict[str, Any]:
         "largest_free_order": pages.largest_free_order(),
         "by_owner": {name: count << PAGE_SHIFT for name, count in pages.pages_by_owner().items() if count},
         "charged": charges(stack),
+        "captures": {
+            "running": len(stack.sniffers),
+            "limit": stack.sniffers.limit,
+            "pinned": stack.sniffers.pinned,
+            "missed": stack.sniffers.misses,
+            "copied": stack.sniffers.copied,
+            "referenced": stack.sniffers.referenced,
+        },
         "tcp": _tcp_memory(stack.tcp),
         "udp": _protocol_memory(stack.udp.mem),
         "reserve": {

@@ -5,7 +5,8 @@ the ring, only up to `INLINE_MAX` bytes of header that lie nowhere in the arena.
 over a unix socket:
 
 * the arena, read-only;
-* the slots, read-only: the writer writes a slot, and never touches it again before the reader has released it;
+* the slots, read-only: the writer writes a slot, and never touches it again before the reader has released it. Behind them is
+  the number of frames that were missed;
 * the release index, which the reader writes: how many descriptors it is done with since the beginning. What lies in frames that
   are not released stays where it is;
 * a pipe, into which the writer puts one byte for each descriptor. The reader sleeps on it, learns from it how many there are,
@@ -18,6 +19,7 @@ and ignored. The memory of the slots is sealed against new writable mappings (F_
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -45,7 +47,7 @@ OUTGOING: Final = 1
 NOT_DROPPED: Final = 0xFFFF
 """In place of a drop reason."""
 
-_HEAD: Final = Struct("=QQQIHHHHH")  # number, missed, stamp, length, interface, direction, reason, inline, fragments
+_HEAD: Final = Struct("=QQIHHHHH")  # number, stamp, length, interface, direction, reason, inline, fragments
 _FRAG: Final = Struct("=QI")
 _INLINE_AT: Final = 40
 _FRAGS_AT: Final = _INLINE_AT + INLINE_MAX
@@ -56,11 +58,10 @@ FRAGS_MAX: Final = (SLOT_SIZE - _FRAGS_AT) // _FRAG.size
 class Descriptor(NamedTuple):
     """A frame: its bytes are `inline`, and then the runs `(address, length)` of the arena. `length` is that of the whole frame,
     of which `captured` bytes are described. `stamp` is in nanoseconds; `reason` the index of a drop reason or `NOT_DROPPED`.
-    `number` counts all descriptors of the ring from 0, `missed` the frames for which there was no room before this one.
+    `number` counts all descriptors of the ring from 0.
     """
 
     number: int
-    missed: int
     stamp: int
     length: int
     interface: int
@@ -76,19 +77,19 @@ class Descriptor(NamedTuple):
 
 
 class RingWriter:
-    """The stack's end. `written` counts descriptors, `missed` frames that found the ring full, `nonsense` release indexes that
-    cannot be. Raises OSError when the memory cannot be had.
+    """The stack's end. `written` counts descriptors, `nonsense` release indexes that cannot be. Raises OSError when the memory
+    cannot be had.
     """
 
-    __slots__ = ("_release", "_release_map", "_slots", "_wake_fd", "fds", "missed", "nonsense", "released", "slots", "written")
+    __slots__ = ("_missed", "_release", "_release_map", "_slots", "_wake_fd", "fds", "nonsense", "released", "slots", "written")
 
     def __init__(self, slots: int = SLOTS) -> None:
         self.slots = slots
         self.written = 0
         self.released = 0
-        self.missed = 0
         self.nonsense = 0
-        slots_fd, self._slots = sealed_memfd("ustack-sniffer", slots * SLOT_SIZE)
+        slots_fd, self._slots = sealed_memfd("ustack-sniffer", slots * SLOT_SIZE + mmap.PAGESIZE)
+        self._missed = memoryview(self._slots)[slots * SLOT_SIZE :].cast("Q")
         release_fd = os.memfd_create("ustack-sniffer-release", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(release_fd, mmap.PAGESIZE)
         fcntl.fcntl(release_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
@@ -100,6 +101,15 @@ class RingWriter:
     def room(self) -> bool:
         """Whether there is a free slot."""
         return self.written - self.released < self.slots
+
+    @property
+    def missed(self) -> int:
+        """Frames that the reader was not shown."""
+        return self._missed[0]
+
+    def miss(self) -> None:
+        """There is a frame that the reader is not shown, for want of room or of memory."""
+        self._missed[0] += 1
 
     def write(
         self,
@@ -114,9 +124,7 @@ class RingWriter:
         """Describe a frame and wake the reader. There must be room; at most `INLINE_MAX` bytes and `FRAGS_MAX` runs."""
         at = self.written % self.slots * SLOT_SIZE
         slots = self._slots
-        _HEAD.pack_into(
-            slots, at, self.written, self.missed, stamp, length, interface, direction, reason, len(inline), len(frags)
-        )
+        _HEAD.pack_into(slots, at, self.written, stamp, length, interface, direction, reason, len(inline), len(frags))
         slots[at + _INLINE_AT : at + _INLINE_AT + len(inline)] = inline
         at += _FRAGS_AT
         for addr, size in frags:
@@ -144,6 +152,7 @@ class RingWriter:
         """Let go of the shared memory; the reader finds the pipe at its end."""
         self._release.release()
         self._release_map.close()
+        self._missed.release()
         self._slots.close()
         for fd in (*self.fds, self._wake_fd):
             os.close(fd)
@@ -154,7 +163,7 @@ class RingReader:
     it owns from now on. Raises OSError when they cannot be mapped.
     """
 
-    __slots__ = ("_arena", "_release", "_release_map", "_slot_count", "_slots", "mem", "number", "wait_fd")
+    __slots__ = ("_arena", "_missed", "_release", "_release_map", "_slot_count", "_slots", "mem", "number", "wait_fd")
 
     def __init__(self, fds: Sequence[int], size: int, slots: int) -> None:
         arena_fd, slots_fd, release_fd, self.wait_fd = fds
@@ -162,13 +171,19 @@ class RingReader:
         self.number = 0
         try:
             self._arena = mmap.mmap(arena_fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
-            self._slots = mmap.mmap(slots_fd, slots * SLOT_SIZE, mmap.MAP_SHARED, mmap.PROT_READ)
+            self._slots = mmap.mmap(slots_fd, slots * SLOT_SIZE + mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ)
+            self._missed = memoryview(self._slots)[slots * SLOT_SIZE :].cast("Q")
             self._release_map = mmap.mmap(release_fd, mmap.PAGESIZE)
         finally:
             for fd in (arena_fd, slots_fd, release_fd):
                 os.close(fd)
         self.mem = memoryview(self._arena)
         self._release = memoryview(self._release_map).cast("Q")
+
+    @property
+    def missed(self) -> int:
+        """Frames for which there was no room until now."""
+        return self._missed[0]
 
     def read(self) -> list[Descriptor]:
         """The descriptors that have come since the last call; what they describe stays as it is until `release`. Raises
@@ -184,10 +199,10 @@ class RingReader:
     def _slot(self, number: int) -> Descriptor:
         at = number % self._slot_count * SLOT_SIZE
         slots = self._slots
-        own, missed, stamp, length, interface, direction, reason, inline, frags = _HEAD.unpack_from(slots, at)
+        own, stamp, length, interface, direction, reason, inline, frags = _HEAD.unpack_from(slots, at)
         runs = [_FRAG.unpack_from(slots, at + _FRAGS_AT + n * _FRAG.size) for n in range(frags)]
         start = at + _INLINE_AT
-        return Descriptor(own, missed, stamp, length, interface, direction, reason, slots[start : start + inline], runs)
+        return Descriptor(own, stamp, length, interface, direction, reason, slots[start : start + inline], runs)
 
     def pieces(self, descriptor: Descriptor) -> list[bytes | memoryview]:
         """The captured bytes of a frame, where they lie. They may change once it is released."""
@@ -199,9 +214,11 @@ class RingReader:
         self._release[0] = number
 
     def close(self) -> None:
-        """Unmap everything."""
+        """Unmap everything; what somebody still has pieces of, as soon as he lets go of them."""
         self.mem.release()
-        self._arena.close()
+        with contextlib.suppress(BufferError):
+            self._arena.close()
+        self._missed.release()
         self._slots.close()
         self._release.release()
         self._release_map.close()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 from pools.arena import PAGE_SHIFT
 from pools.base import NULL
 from pools.gfp import ATOMIC
-from ustack.drops import DropReason
+from ustack.drops import DROPS_OF_OTHERS, DropReason
 from ustack.link.descriptor_ring import FRAGS_MAX, INCOMING, INLINE_MAX, NOT_DROPPED, OUTGOING, SLOTS, RingWriter
 from ustack.link.rxring import Pin
 
@@ -42,20 +42,6 @@ SNIFFERS_MAX: Final = 8
 
 SNAPLEN_MAX: Final = 1 << 18
 """Bytes that are more than any frame has."""
-
-_OF_OTHERS: Final = frozenset(
-    {
-        DropReason.TX_DEVICE,
-        DropReason.ICMP_RATELIMIT,
-        DropReason.TCP_OFO_QUEUE_PRUNE,
-        DropReason.NEIGH_QUEUEFULL,
-        DropReason.NEIGH_FAILED,
-        DropReason.IP_OUTNOROUTES,
-        DropReason.WIRE_LOSS,
-        DropReason.WIRE_QUEUE,
-    }
-)
-"""What may be counted while a frame is delivered and is not said of that frame, but of an answer or of one that waited."""
 
 
 class Sniffer:
@@ -111,17 +97,17 @@ class Sniffer:
 class Sniffers:
     """All sniffers of a stack whose packets lie in `memory`. They pin `limit` bytes at most. `clock` gives nanoseconds.
 
-    `pinned` is what they hold now, in bytes; `inside` is true while a frame is delivered. A device has this object as its
-    `sniffers` only while there is a sniffer.
+    `pinned` is what they hold now, in bytes; `devices` are those of the stack, in the order of their numbers; `inside` is true
+    while a frame is delivered. A device has this object as its `sniffers` only while there is a sniffer.
     """
 
     __slots__ = (
         "_all",
         "_base",
-        "_devices",
         "_later",
         "clock",
         "copied",
+        "devices",
         "drops",
         "inside",
         "limit",
@@ -142,7 +128,7 @@ class Sniffers:
         self.misses = 0
         self.inside = False
         self._all: list[Sniffer] = []
-        self._devices: list[Device] = []
+        self.devices: list[Device] = []
         self._later: list[tuple[list[Sniffer], int, int, Device, int, int, bytes, Pin | None]] = []  # sent while inside
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory.mem))
 
@@ -150,8 +136,13 @@ class Sniffers:
 
     def watch(self, device: Device) -> None:
         """A device of the stack: its place in this order is its number in descriptors."""
-        self._devices.append(device)
+        self.devices.append(device)
         self._apply()
+
+    def forget(self, device: Device) -> None:
+        """The device that was watched last did not become one of the stack."""
+        self.devices.remove(device)
+        device.sniffers = None
 
     def add(self, device: Device | None = None, snaplen: int = SNAPLEN_MAX, slots: int = SLOTS) -> Sniffer:
         """A new sniffer of `device`, or of all of them, that is shown the first `snaplen` bytes of a frame.
@@ -176,7 +167,7 @@ class Sniffers:
 
     def _apply(self) -> None:
         wanted = [each.device for each in self._all]
-        for device in self._devices:
+        for device in self.devices:
             device.sniffers = self if None in wanted or device in wanted else None
 
     def __len__(self) -> int:
@@ -261,12 +252,12 @@ class Sniffers:
 
     def _miss(self, sniffers: Sequence[Sniffer]) -> None:
         for sniffer in sniffers:
-            sniffer.ring.missed += 1
+            sniffer.ring.miss()
             self.misses += 1
 
     def _reason(self, before: list[int]) -> int:
         for reason, count in enumerate(self.drops.counts):
-            if count != before[reason] and reason not in _OF_OTHERS:
+            if count != before[reason] and reason not in DROPS_OF_OTHERS:
                 return reason
         return NOT_DROPPED
 
@@ -285,7 +276,7 @@ class Sniffers:
         share = self.limit // max(len(self._all), 1)
         if pin is not None:
             self.pinned += pin.cost
-        number = self._devices.index(device)
+        number = self.devices.index(device)
         for sniffer in takers:
             if not sniffer.ring.room() or (pin is not None and sniffer.pinned + pin.cost > share):
                 self._miss((sniffer,))
