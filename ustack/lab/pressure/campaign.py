@@ -67,8 +67,12 @@ def run_batch(jobs: list[Job]) -> list[Result]:
 
 def run_here(jobs: Sequence[Job]) -> Iterator[Result]:
     """Run them in this process."""
-    for job in jobs:
-        yield from run_batch([job])
+    gc.freeze()  # what is here already need not be looked at after each run
+    try:
+        for job in jobs:
+            yield from run_batch([job])
+    finally:
+        gc.unfreeze()
 
 
 def run_on_cores(jobs: Sequence[Job], workers: int) -> Iterator[Result]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket as names
+from functools import cache
 from heapq import heappop, heappush
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
@@ -95,12 +96,12 @@ class Subject:
         pages = memory.size // PAGE_SIZE
         reserve = memory.reserve_of_stack()
         min_pages = reserve // PAGE_SIZE if isinstance(reserve, int) else None
-        kind: Callable[..., Pool] = by_name(pool)
+        kind: Callable[..., Pool] = pool_class(pool)
         injected = [fault for fault in scenario.fault if isinstance(fault, AllocationFault)]
         self.faults = AllocationFaults(injected, random) if injected else None
         if self.faults is not None:
             allocator: PageAllocator = FaultyPages(Arena(pages), self.faults, min_pages)
-            kind = faulty(by_name(pool), self.faults)
+            kind = faulty(pool_class(pool), self.faults)
         else:
             allocator = PageAllocator(Arena(pages), min_pages=min_pages)
         self.pool = pool
@@ -294,6 +295,12 @@ class Subject:
             owners = {name: count for name, count in stack.pages.pages_by_owner().items() if count}
             found.append(f"pages held: {owners}")
         return found
+
+
+@cache
+def pool_class(name: str) -> type[Pool]:
+    """The class of the pool `name`: looking through what is installed takes as long as a tenth of a run."""
+    return by_name(name)
 
 
 def udp_port(scenario: Scenario, number: int) -> int:

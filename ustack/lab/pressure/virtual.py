@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import lru_cache
 from random import Random
 from typing import TYPE_CHECKING, Final
 
+from pools.arena import PAGE_SHIFT, Arena
+from pools.buddy import PageAllocator
+from pools.kmalloc import KmallocPool
 from ustack.lab.pressure.frames import FloodTraffic, FrameSource
 from ustack.lab.pressure.run import EXPORT, run
 from ustack.lab.pressure.scenario import (
@@ -50,7 +54,7 @@ ZEROES: Final = bytes(65536)
 
 def run_virtual(job: Job) -> Result:
     """Run `job` in virtual time. The same job gives the same result, byte for byte. Raises ConfigError for its text."""
-    scenario = parse(job.text, job.name).scenario
+    scenario = scenario_of(job.text, job.name)
     world = World(job.seed)
     random = Random(f"{job.seed} {job.pool}")
     subject = Subject(scenario, job.pool, random)
@@ -64,6 +68,12 @@ def run_virtual(job: Job) -> Result:
     result["failed"] += [f"left behind: {what}" for what in subject.left_behind()]
     result["passed"] = not result["failed"]
     return result
+
+
+@lru_cache(maxsize=32)
+def scenario_of(text: str, name: str) -> Scenario:
+    """The scenario in `text`, which is read once for all the runs of a campaign. Raises ConfigError."""
+    return parse(text, name).scenario
 
 
 class _Network:
@@ -92,7 +102,8 @@ class VirtualPeer:
         self._world = world
         self._scenario = scenario
         self._random = Random(world.random.getrandbits(64))
-        self.stack = Stack(memory=PEER_MEMORY, random=Random(world.random.getrandbits(64)))
+        peers = KmallocPool(PageAllocator(Arena(PEER_MEMORY >> PAGE_SHIFT)))
+        self.stack = Stack(pool=peers, reserve=0, random=Random(world.random.getrandbits(64)))
         self._wire = wire
         self._mac = device.mac
         self._astray = 0
