@@ -165,6 +165,9 @@ class KmallocPool(Pool):
 
     def _shrink(self) -> int:
         """Reap; returns how many caches had anything to reap, which may have been objects and no pages."""
+        if not self._slab_map.dirty:
+            return 0
+        self._slab_map.dirty = False
         reaped = 0
         # Largest objects first: destroying their slabs frees bookkeeping that lives in the caches of small objects.
         for cache in reversed(self._caches):

@@ -145,14 +145,15 @@ class Slab:
 
 class SlabMap:
     """What all caches on one arena share: `slab[pfn]`, the slab on each page, and `live`, a byte per granule: an object
-    starts here.
+    starts here. `dirty` is false while all caches are clean for certain.
 
     `live` is not in the kernel (its debugging build has the like). It makes every double free an exception for a byte per 32.
     """
 
-    __slots__ = ("live", "slab")
+    __slots__ = ("dirty", "live", "slab")
 
     def __init__(self, pages: PageAllocator) -> None:
+        self.dirty = False
         self.slab: list[Slab | None] = [None] * pages.pages
         self.live = bytearray(pages.pages << (PAGE_SHIFT - GRANULE_SHIFT))
 
@@ -178,6 +179,7 @@ class KmemCache:
         "_reserve_full",
         "_reserve_partial",
         "_shrink",
+        "_slab_map",
         "_slab_of",
         "arrays",
         "batchcount",
@@ -213,6 +215,7 @@ class KmemCache:
         self.size = object_size(size)
         self.pfmemalloc = False
         self._live = slab_map.live
+        self._slab_map = slab_map
         self._slab_of = slab_map.slab
         self._shrink = shrink
         self._owner = pages.owner_id(name)
@@ -280,10 +283,13 @@ class KmemCache:
         entry = array.entry
         if len(entry) >= array.limit:
             self._flush(array)
-        self.dirty = True
+        if not self.dirty:
+            self.dirty = self._slab_map.dirty = True
         entry.append(addr)
 
     def _alloc_slow(self, gfp: int, array: ArrayCache) -> int:
+        if self._reserve_partial and may_use_reserve(gfp) and self._ordinary_way_is_shut():
+            return self._alloc_from_reserve(array)
         found = self._refill(array)
         if not found and self._shrink is not None and self._shrink():
             found = self._refill(array)
@@ -291,6 +297,20 @@ class KmemCache:
             self.pfmemalloc = False
             return array.entry.pop()
         return self._alloc_from_reserve(array) if may_use_reserve(gfp) else NULL
+
+    def _ordinary_way_is_shut(self) -> bool:
+        """Whether refilling would fail for certain: no free object, no page above `min`, nothing to reap. Trying comes to the
+        same and takes longer, and when memory is out this happens for every object.
+        """
+        pages = self.pages
+        return not (
+            pages.free_pages > pages.min_pages
+            or self.shared.entry
+            or self._partial
+            or self._free
+            or self._shrink is None
+            or self._shrink()
+        )
 
     def _refill(self, array: ArrayCache) -> bool:
         """Fill a lane's empty array with up to a batch (cache_alloc_refill). False if there are no objects and no pages."""
@@ -328,7 +348,7 @@ class KmemCache:
         taken.reverse()
         del free[-count:]
         entry.extend(taken)
-        self.dirty = True
+        self.dirty = self._slab_map.dirty = True
         self.free_objects -= len(taken)
         if free:
             self._partial[slab] = None
@@ -607,6 +627,7 @@ class KmemCache:
         for array in self.arrays:
             assert len(array.entry) <= array.limit
         assert self.dirty or not (parked or self._free), f"{self.name}: reaping would miss something"
+        assert self._slab_map.dirty or not self.dirty, f"{self.name}: shrinking would miss it"
 
 
 def _management_size(num: int, align: int) -> int:

@@ -1,10 +1,16 @@
-"""`ustack pressure classification`: what rules about memory cost and save, in figures of this machine."""
+"""`ustack pressure classification` and `throughput`: what the rules cost and save, in figures of this machine."""
 
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
+
+from ustack.cli.size import Size
+
+if TYPE_CHECKING:
+    from ustack.lab.throughput import Throughput
 
 
 @click.command()
@@ -50,4 +56,65 @@ def classification(as_json: bool, pools: tuple[str, ...]) -> None:
             f"{each.reserve_in_ring} | {each.reserve_after}",
             f"{each.seconds_in_ring * 1e6:.0f} | {each.seconds_after * 1e6:.0f}",
         )
+    Console().print(table)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects instead of the table.")
+@click.option("--pool", "pools", multiple=True, metavar="NAME", default=("kmalloc", "srog"), show_default=True, help="Pools.")
+@click.option(
+    "--mode", type=click.Choice(["paged", "linear"]), default="paged", show_default=True, help="How frames are received."
+)
+@click.option("--request-size", type=Size(), default="64K", show_default=True, help="Bytes of a request.")
+@click.option("--requests", type=click.IntRange(1, 1024), default=8, show_default=True, help="Requests in flight.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Length of each part of a round.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds with each pool.")
+def throughput(
+    as_json: bool, pools: tuple[str, ...], mode: str, request_size: int, requests: int, seconds: float, rounds: int
+) -> None:
+    """Measure how fast NBD is while the memory is full of packets that nobody reads, on a TAP with the kernel's TCP behind it.
+
+    A round is the same work with the memory free, full and free again. The ratio is the throughput with it full to the mean of
+    the others; that of a pool is the median of its rounds. Runs in a network namespace of its own.
+    """
+    import uvloop
+    from rich.console import Console
+    from rich.table import Table
+
+    from pools.base import names
+    from ustack.lab.demo import DemoFailure
+    from ustack.lab.netns import enter_own
+    from ustack.lab.throughput import DISK, measure
+
+    for pool in pools:
+        if pool not in names():
+            raise click.BadParameter(f"there is no pool {pool!r}; there are {', '.join(names())}", param_hint="--pool")
+    if not 512 <= request_size <= DISK or request_size % 512:
+        raise click.BadParameter(f"allowed is a multiple of 512 up to {DISK >> 20}M", param_hint="--request-size")
+    measured: list[Throughput] = []
+    try:
+        enter_own()
+        for pool in pools:
+            work = measure(pool, mode=mode, size=request_size, depth=requests, seconds=seconds, rounds=rounds)
+            measured.append(uvloop.run(work))
+    except DemoFailure as failure:
+        raise click.ClickException(str(failure)) from None
+    except OSError as error:
+        raise click.ClickException(error.strerror or str(error)) from None
+    if as_json:
+        rows = [
+            {"pool": each.pool, "ratio": each.ratio, "rounds": [one._asdict() | {"ratio": one.ratio} for one in each.rounds]}
+            for each in measured
+        ]
+        click.echo(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("pool", no_wrap=True)
+    for heading in ("free, MB/s", "full, MB/s", "free again, MB/s", "slowest request, ms", "ratio"):
+        table.add_column(heading, justify="right")
+    for each in measured:
+        for one in each.rounds:
+            rates = (f"{rate / 1e6:.0f}" for rate in (one.before, one.pressed, one.after))
+            table.add_row(each.pool, *rates, f"{one.worst * 1e3:.0f}", f"{one.ratio:.2f}")
+        table.add_row(each.pool, "", "", "", "median", f"{each.ratio:.2f}")
     Console().print(table)

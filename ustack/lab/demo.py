@@ -51,7 +51,8 @@ NO_TCP_MEM: Final = TcpConfig(mem_low=2 * SMALL_MEMORY, mem_pressure=2 * SMALL_M
 memory."""
 
 CROWD: Final = 150
-"""Connections that nobody reads from: more than twice what the small memory holds at their receive limit."""
+"""Connections that nobody reads from for that memory, and as many more for more: more than twice what it holds at their
+receive limit."""
 
 PRESSURE_REQUESTS: Final = 1000
 PRESSURE_REQUEST_SIZE: Final = 64 << 10
@@ -134,7 +135,7 @@ async def _copy_both_ways(
     peer: DemoPeer, port: int, image: bytearray, rng: random.Random, reporter: Reporter, findings: Findings
 ) -> None:
     reporter.step(f"Our stack on {TAP}: {OURS}/{PREFIX_LEN}; the kernel's side: {KERNEL}")
-    async with _stack(findings) as stack:
+    async with stack_on_tap(findings) as stack:
         began = perf_counter()
         pinged: list[dict[str, Any]] = []
         await PingSeries(stack, KERNEL, count=1, interval=1, size=56, timeout=3, report=pinged.append).run()
@@ -145,7 +146,7 @@ async def _copy_both_ways(
 
         reporter.step("TCP connection of our own making to the NBD server")
         began = perf_counter()
-        disk = await _open_disk(stack, port)
+        disk = await open_disk(stack, port)
         reporter.fact(f"connected and negotiated in {_ms(perf_counter() - began)}: {disk.size >> 20} MiB")
 
         reporter.step(
@@ -181,9 +182,9 @@ async def _with_reserve(
     reporter.step(
         f"Pressure: {SMALL_MEMORY >> 20} MiB of packet memory, {CROWD} connections whose readers never read; reserve on"
     )
-    async with _stack(findings, memory=SMALL_MEMORY, tcp=NO_TCP_MEM) as stack:
-        disk = await _open_disk(stack, port)
-        await _fill(stack, peer, reporter)
+    async with stack_on_tap(findings, memory=SMALL_MEMORY, tcp=NO_TCP_MEM) as stack:
+        disk = await open_disk(stack, port)
+        await fill_memory(stack, peer, reporter)
         full = reports.memory(stack)
         findings.by_owner = full["by_owner"]
         findings.memory_size = full["size"]
@@ -211,9 +212,9 @@ async def _without_reserve(
     peer: DemoPeer, port: int, image: bytearray, rng: random.Random, reporter: Reporter, findings: Findings
 ) -> None:
     reporter.step("The same with the reserve off")
-    async with _stack(findings, memory=SMALL_MEMORY, tcp=NO_TCP_MEM, reserve=0) as stack:
-        disk = await _open_disk(stack, port)
-        crowd = await _fill(stack, peer, reporter)
+    async with stack_on_tap(findings, memory=SMALL_MEMORY, tcp=NO_TCP_MEM, reserve=0) as stack:
+        disk = await open_disk(stack, port)
+        crowd = await fill_memory(stack, peer, reporter)
         work = CheckedWork(disk, image, rng, workers=PRESSURE_WORKERS, request_size=PRESSURE_REQUEST_SIZE)
         work.start(PRESSURE_REQUESTS)
         try:
@@ -238,21 +239,26 @@ async def _without_reserve(
         await disk.close()
 
 
-async def _fill(stack: Stack, peer: DemoPeer, reporter: Reporter) -> list[asyncio.Transport]:
+async def fill_memory(stack: Stack, peer: DemoPeer, reporter: Reporter) -> list[asyncio.Transport]:
     """Let the crowd in until ordinary allocations fail; returns our ends of its connections."""
     crowd: list[asyncio.Transport] = []
-    await stack.create_server(lambda: _NeverRead(crowd), None, CROWD_PORT, backlog=CROWD)
+    size = stack.arena.size
+    connections = CROWD * size // SMALL_MEMORY
+    server = await stack.create_server(lambda: _NeverRead(crowd), None, CROWD_PORT, backlog=connections)
     pages = stack.pages
+    failures = sum(pages.failures)
     try:
         async with asyncio.timeout(FILL_TIMEOUT):
-            await peer.do("crowd", host=OURS, port=CROWD_PORT, connections=CROWD)
-            while sum(pages.failures) == 0:  # noqa: ASYNC110 (an allocation that fails tells nobody)
+            await peer.do("crowd", host=OURS, port=CROWD_PORT, connections=connections)
+            while sum(pages.failures) == failures:  # noqa: ASYNC110 (an allocation that fails tells nobody)
                 await asyncio.sleep(0.01)
     except TimeoutError:
         raise DemoFailure(f"the crowd did not fill the memory in {FILL_TIMEOUT:g} s") from None
+    finally:
+        server.close()
     free = pages.free_pages << PAGE_SHIFT
     reserve = pages.min_pages << PAGE_SHIFT
-    reporter.fact(f"full: {free >> 10} KiB of {SMALL_MEMORY >> 10} KiB are free, and {reserve >> 10} KiB are the reserve")
+    reporter.fact(f"full: {free >> 10} KiB of {size >> 10} KiB are free, and {reserve >> 10} KiB are the reserve")
     return crowd
 
 
@@ -292,10 +298,10 @@ class _NeverRead(asyncio.Protocol):
 
 
 @asynccontextmanager
-async def _stack(findings: Findings, **options: Any) -> AsyncIterator[Stack]:
-    """A stack on a TAP of its own; in the end everything must have been given back."""
+async def stack_on_tap(findings: Findings, mode: str = "paged", **options: Any) -> AsyncIterator[Stack]:
+    """A stack on a TAP of its own, whose frames are received in `mode`; in the end everything must have been given back."""
     stack = Stack(**options)
-    stack.add_interface(await asyncio.to_thread(_open_tap), f"{OURS}/{PREFIX_LEN}")
+    stack.add_interface(await asyncio.to_thread(_open_tap, mode), f"{OURS}/{PREFIX_LEN}")
     async with stack:
         yield stack
     for reason, count in stack.drops.by_name().items():
@@ -307,19 +313,22 @@ async def _stack(findings: Findings, **options: Any) -> AsyncIterator[Stack]:
         raise DemoFailure(f"not everything was given back: charged {left}, pages held {owners}")
 
 
-def _open_tap() -> TapDevice:
-    tap = TapDevice(TAP)
+def _open_tap(mode: str) -> TapDevice:
+    tap = TapDevice(TAP, mode=mode)
     bring_up(TAP, f"{KERNEL}/{PREFIX_LEN}")
     return tap
 
 
-async def _open_disk(stack: Stack, port: int) -> NbdClient:
+async def open_disk(stack: Stack, port: int, requests: int = REQUESTS, **options: Any) -> NbdClient:
+    """The disk that the peer serves on `port`, over our stack with a memalloc socket, with up to `requests` in flight; other
+    `options` are those of `NbdClient.open`.
+    """
     uri = NbdUri("nbd", KERNEL, port, "disk")
 
     async def create(factory: Any, host: str, port: int) -> tuple[Any, Any]:
         return await stack.create_connection(factory, host, port, memalloc=True)
 
-    return await NbdClient.open(connector_for(uri, create), uri.export, queue_depth=REQUESTS)
+    return await NbdClient.open(connector_for(uri, create), uri.export, queue_depth=requests, **options)
 
 
 def _ms(seconds: float) -> str:
