@@ -15,6 +15,7 @@ class Mib:
         "IcmpOutDestUnreachs",
         "IcmpOutEchoReps",
         "IcmpOutMsgs",
+        "Ip6OutRequests",
         "IpInDelivers",
         "IpInReceives",
         "IpOutRequests",
@@ -84,6 +85,8 @@ class Mib:
         """Echo replies sent."""
         self.IcmpOutMsgs = 0
         """ICMP messages sent: errors, replies, and echo requests of our own."""
+        self.Ip6OutRequests = 0
+        """IPv6 packets that a protocol asked to send, those dropped on the way included."""
         self.IpInDelivers = 0
         """Packets handed to the protocol that they name."""
         self.IpInReceives = 0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ustack.mem.socket import SOCK_MIN_SNDBUF
+from ustack.net.path import HOPS_DEFAULT
 from ustack.transport.tcp.connection import QUICK_ACKS
 from ustack.transport.tcp.fastopen import CLIENT
 from ustack.transport.tcp.output import ACK_NONE, push, send_ack
@@ -243,5 +244,5 @@ GETTERS: Final[dict[tuple[int, int], Getter]] = {
     (names.IPPROTO_TCP, names.TCP_SYNCNT): lambda sock: sock.options.syncnt or sock.host.tcp.config.syn_retries,
     (names.IPPROTO_TCP, names.TCP_USER_TIMEOUT): lambda sock: round(sock.options.user_timeout * 1000),
     (names.IPPROTO_IP, names.IP_TOS): lambda sock: sock.options.tos,
-    (names.IPPROTO_IP, names.IP_TTL): lambda sock: sock.options.ttl,
+    (names.IPPROTO_IP, names.IP_TTL): lambda sock: sock.options.ttl or HOPS_DEFAULT,
 }

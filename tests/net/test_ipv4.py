@@ -14,7 +14,7 @@ from ustack.wire import ethernet, icmp, ipv4
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ustack.net.ipv4 import IpPacket
+    from ustack.net.layer import IpPacket
 
 PROTO = 253
 

@@ -47,23 +47,25 @@ class Arp:
 
     def solicit(self, address: bytes, lladdr: bytes | None) -> None:
         """Ask for `address`: the station `lladdr`, or everybody when that is None."""
-        self._send(arp.ARPOP_REQUEST, lladdr or ethernet.BROADCAST, _UNKNOWN, address)
+        source = self._interface.source_for(address)
+        self._send(arp.ARPOP_REQUEST, lladdr or ethernet.BROADCAST, _UNKNOWN, address, source)
 
     def announce(self) -> None:
-        """Tell everybody that the interface's address is ours, twice, so that stale entries elsewhere are updated."""
+        """Tell everybody that the interface's addresses are ours, twice, so that stale entries elsewhere are updated."""
         self._announcements = ANNOUNCE_NUM
         self._announce()
 
     def _announce(self) -> None:
         self._announcements -= 1
-        self._send(arp.ARPOP_REQUEST, ethernet.BROADCAST, _UNKNOWN, self._interface.address)
+        for own in self._interface.addresses:
+            self._send(arp.ARPOP_REQUEST, ethernet.BROADCAST, _UNKNOWN, own.address, own.address)
         if self._announcements > 0:
             self._env.timers.set(self._announce_timer, self._env.timers.now + ANNOUNCE_INTERVAL)
 
-    def _send(self, op: int, lladdr: bytes, tha: bytes, tpa: bytes) -> None:
+    def _send(self, op: int, lladdr: bytes, tha: bytes, tpa: bytes, spa: bytes) -> None:
         device = self._interface.device
         frame = ethernet.build_header(lladdr, device.mac, ethernet.ETH_P_ARP)
-        frame += arp.build(op, device.mac, self._interface.address, tha, tpa)
+        frame += arp.build(op, device.mac, spa, tha, tpa)
         sent = device.transmit(frame, ())
         if device.sniffers is not None:
             device.sniffers.sent(device, frame, (), sent)
@@ -85,19 +87,19 @@ class Arp:
             or packet.spa[0] >= 224
             or packet.spa[0] == 127
             or (packet.spa[0] == 0 and packet.spa != _NOBODY)
-            or packet.spa == interface.broadcast
+            or packet.spa in interface.broadcasts
             or packet.sha == interface.device.mac
         ):
             self._env.drops.count(DropReason.INVALID_PROTO)
             return
-        if packet.spa == interface.address:
-            self._defend()
+        if interface.is_own(packet.spa):
+            self._defend(packet.spa)
             return
-        for_us = packet.tpa == interface.address
+        for_us = interface.is_own(packet.tpa)
         if packet.spa != _NOBODY:
             self._learn(packet, for_us, not head[0] & 1)
         if for_us and packet.op == arp.ARPOP_REQUEST:
-            self._send(arp.ARPOP_REPLY, packet.sha, packet.sha, packet.spa)
+            self._send(arp.ARPOP_REPLY, packet.sha, packet.sha, packet.spa, packet.tpa)
 
     def _learn(self, packet: arp.ArpPacket, for_us: bool, unicast: bool) -> None:
         neighbours = self._interface.neighbours
@@ -112,14 +114,14 @@ class Arp:
                 return  # full, and counted there; the answer needs no entry
         neighbour.update(packet.sha, solicited=not request and unicast, override=packet.spa == packet.tpa)
 
-    def _defend(self) -> None:
-        """Somebody else uses our address: keep it, and say so now and then (RFC 5227, section 2.4, case c)."""
+    def _defend(self, address: bytes) -> None:
+        """Somebody else uses our `address`: keep it, and say so now and then (RFC 5227, section 2.4, case c)."""
         self.conflicts += 1
         self._env.drops.count(DropReason.INVALID_PROTO)
         now = self._env.timers.now
         if now - self._defended >= DEFEND_INTERVAL:
             self._defended = now
-            self._send(arp.ARPOP_REQUEST, ethernet.BROADCAST, _UNKNOWN, self._interface.address)
+            self._send(arp.ARPOP_REQUEST, ethernet.BROADCAST, _UNKNOWN, address, address)
 
     def close(self) -> None:
         """Announce no more."""

@@ -19,7 +19,8 @@ from ustack.wire import ethernet, icmp, ipv4
 from ustack.wire.checksum import finish, ones_sum_views
 
 if TYPE_CHECKING:
-    from ustack.net.ipv4 import IpPacket, Ipv4
+    from ustack.net.ipv4 import Ipv4
+    from ustack.net.layer import IpPacket
     from ustack.skb import Buffer, Skb
 
 MemallocOwner = Callable[[bytes, bytes, bytes], bool]
@@ -241,7 +242,7 @@ class Echo:
         self.on_reply = on_reply
         self.on_error = on_error
 
-    def send(self, dst: bytes, seq: int, payload: Buffer = b"", ttl: int = 64) -> bool:
+    def send(self, dst: bytes, seq: int, payload: Buffer = b"", ttl: int = 0) -> bool:
         """Ask `dst` (packed) with the sequence number `seq` (16 bits); False when the request was dropped here.
 
         Raises the OSErrors of `Ipv4.path`.

@@ -1,8 +1,8 @@
 """Neighbours: which station has which address, and how we know.
 
 The states and their timers are those of neighbour unreachability detection (RFC 4861, section 7.3), which Linux uses for ARP as
-well (net/core/neighbour.c). Nothing here is about ARP: how a question is asked is handed in as `solicit`, and whoever hears an
-answer calls `update`.
+well (net/core/neighbour.c). Nothing here is about ARP or NDP: how a question is asked is handed in as `solicit`, and whoever
+hears an answer calls `update`. Where the two differ, `NeighbourParameters` says how.
 
     INCOMPLETE --answer--> REACHABLE --time--> STALE --used--> DELAY --time--> PROBE --no answer--> FAILED
                                ^------------------- answer, or confirm() ------------------'
@@ -78,6 +78,8 @@ class NeighbourParameters:
     """How long a stale entry in use waits for the upper layers to confirm it before it is probed."""
     locktime: float = 1.0
     """How long an answer stands before another station may replace it, so that of two answers the first wins."""
+    doubt: bool = False
+    """Another station's answer that may not replace the known one makes that one be verified (RFC 4861, section 7.2.5)."""
     unres_qlen_bytes: int = 212992
     """Truesize that may wait for one neighbour."""
     gc_thresh1: int = 128
@@ -198,13 +200,18 @@ class Neighbour:
 
     # -- hearing --
 
-    def update(self, lladdr: bytes, solicited: bool, override: bool) -> None:
-        """The neighbour said that it is the station `lladdr`, in answer to us (`solicited`) or on its own.
+    def update(self, lladdr: bytes | None, solicited: bool, override: bool) -> None:
+        """The neighbour said that it is the station `lladdr` (None: the one it was), in answer to us (`solicited`) or on its
+        own.
 
         A known station that is not `override`n stays. What nobody asked for is never taken as proof that the neighbour hears
         us.
         """
         now = self._table.env.timers.now
+        if lladdr is None:
+            lladdr = self.lladdr
+        if lladdr is None:
+            return
         if self.lladdr is None:
             self.lladdr = lladdr
         elif self.lladdr == lladdr:
@@ -213,6 +220,9 @@ class Neighbour:
         elif override or now > self._changed + self._table.parameters.locktime:
             self.lladdr = lladdr
         else:
+            if self._table.parameters.doubt and self.state == NUD_REACHABLE:
+                self._timer.cancel()
+                self._enter(NUD_STALE)
             return
         self._changed = now
         if solicited:
@@ -266,6 +276,7 @@ class Neighbour:
     def _fail(self) -> None:
         self.lladdr = None
         self._enter(NUD_FAILED)
+        self._abandon_paths()
         queue = self._queue
         self._queue = deque()
         for skb in queue:
@@ -273,12 +284,16 @@ class Neighbour:
             self._table.on_failed(skb)
             skb.free()
 
-    def end(self) -> None:
-        """Forget the neighbour: its queue is freed and its paths are obsolete."""
-        self._timer.cancel()
+    def _abandon_paths(self) -> None:
+        """Whoever sends through here looks up again whether there is another way."""
         for path in self.paths:
             path.obsolete = True
         self.paths.clear()
+
+    def end(self) -> None:
+        """Forget the neighbour: its queue is freed and its paths are obsolete."""
+        self._timer.cancel()
+        self._abandon_paths()
         while self._queue:
             self._queue.popleft().free()
 

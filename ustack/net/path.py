@@ -4,8 +4,9 @@ What the kernel's dst entry is, with a frame template: Ethernet and IP header ar
 header behind them, and `send` completes the few fields that differ. All sockets that talk to the destination share the path,
 which works because sending is synchronous: when `send` returns, the device has the bytes or an skb holds a copy.
 
-This is the hottest path on the way out. The header checksum is computed from a constant sum and the fields that vary: a
-checksum is `-sum % 0xffff` for every sum that is not 0 (see `wire.checksum`), and these never are.
+This is the hottest path on the way out. The header checksum of IPv4 is computed from a constant sum and the fields that vary: a
+checksum is `-sum % 0xffff` for every sum that is not 0 (see `wire.checksum`), and these never are. IPv6 has none, and no
+fragmentation on the way either: its header is simpler. Its flow label is 0: paths are shared, flows are not (RFC 6437).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Final
 from pools.gfp import ATOMIC
 from ustack.drops import DropReason
 from ustack.link.device import FEATURE_CSUM, FEATURE_TSO, NO_CSUM
-from ustack.wire import ethernet, ipv4, tcp
+from ustack.net.addresses import is_multicast
+from ustack.wire import ethernet, ipv4, ipv6, tcp
 from ustack.wire.checksum import ones_sum, ones_sum_views
 
 if TYPE_CHECKING:
@@ -31,25 +33,34 @@ L3: Final = ethernet.HEADER_LEN
 """Offset of the IP header in a frame."""
 
 L4: Final = L3 + ipv4.HEADER_LEN
-"""Offset of the transport header in the template: we send no IP options."""
+L4_V6: Final = L3 + ipv6.HEADER_LEN
+"""Offset of the transport header in the template: we send no IP options, and no extension headers."""
 
 PMTU_MIN: Final = 552
 """Bytes that a path MTU is never set below, so that nobody can make us send tiny segments (Linux, ip_rt_min_pmtu)."""
 
+HOPS_DEFAULT: Final = 64
+"""Time to live, or hop limit, of what we send (RFC 1700; RFC 4861, section 6.3.2: until a router says otherwise)."""
+
 _FIELDS: Final = Struct("!6H")
-"""The part of the IP header that varies: version to TOS, total length, identification, flags, TTL and protocol, checksum."""
+"""The part of the IPv4 header that varies: version to TOS, total length, identification, flags, TTL and protocol, checksum."""
+
+_FIELDS_V6: Final = Struct("!IHBB")
+"""The part of the IPv6 header that varies: version, traffic class and flow label; payload length, next header, hop limit."""
 
 _VERSION_IHL: Final = 0x4500
+_VERSION_6: Final = 6 << 28
 
 
 class Path:
     """The way from the address `src` to the address `dst` (both packed).
 
-    `head` is the frame template, with room for a transport header of 60 bytes at `l4`. `mtu` is the path MTU in bytes of IP
-    packet; it changes when the path turns out to be narrower, and again when that has been forgotten. `pseudo` is the sum of
-    the addresses as the pseudo-header has them. `obsolete` means that the path still works as far as is known, but routes or
-    addresses have changed: look it up again. `tso` says whether `send` takes a `gso_size`; `broadcast` that `dst` is a
-    broadcast address. Who sees that packets arrive says so with `neighbour.confirm()`.
+    `version` is that of the addresses. `head` is the frame template, with room for a transport header of 60 bytes at `l4`.
+    `mtu` is the path MTU in bytes of IP packet; it changes when the path turns out to be narrower, and again when that has been
+    forgotten. `hop_limit` is for packets that do not say how far they may go. `pseudo` is the sum of the addresses as the
+    pseudo-header has them. `obsolete` means that the path still works as far as is known, but routes or addresses have changed:
+    look it up again. `tso` says whether `send` takes a `gso_size`; `broadcast` that `dst` is a broadcast address (never a
+    group's). Who sees that packets arrive says so with `neighbour.confirm()`.
     """
 
     __slots__ = (
@@ -57,6 +68,7 @@ class Path:
         "_df",
         "_drops",
         "_ident",
+        "_link_mtu",
         "_lladdr",
         "_mib",
         "_sum",
@@ -65,6 +77,7 @@ class Path:
         "device",
         "dst",
         "head",
+        "hop_limit",
         "interface",
         "l4",
         "mtu",
@@ -78,22 +91,34 @@ class Path:
 
     def __init__(self, env: Env, interface: Interface, neighbour: Neighbour, src: bytes, dst: bytes, broadcast: bool) -> None:
         device = interface.device
-        self.version = 4
+        self.version = 4 if len(dst) == 4 else 6
         self.interface = interface
         self.device = device
         self.neighbour = neighbour
         self.src = src
         self.dst = dst
         self.broadcast = broadcast
-        self.mtu = device.mtu
+        self._link_mtu = device.mtu
+        self.hop_limit = HOPS_DEFAULT
         self.obsolete = False
         self.tso = bool(device.features & FEATURE_TSO)
-        self.l4 = L4
-        self.head = bytearray(L4 + tcp.HEADER_MAX)
+        if self.version == 4:
+            self.l4 = L4
+            ethertype = ethernet.ETH_P_IP
+            on_wire = src + dst
+        else:
+            self.l4 = L4_V6
+            ethertype = ethernet.ETH_P_IPV6
+            on_wire = src[:16] + dst[:16]
+            if interface.inet6 is not None:
+                self._link_mtu = interface.inet6.mtu
+                self.hop_limit = 1 if is_multicast(dst) else interface.inet6.hop_limit
+        self.mtu = self._link_mtu
+        self.head = bytearray(self.l4 + tcp.HEADER_MAX)
         self._view = memoryview(self.head)
-        ethernet.HEADER.pack_into(self.head, 0, bytes(6), device.mac, ethernet.ETH_P_IP)
-        self.head[L3 + ipv4.OFF_SRC : L4] = src + dst
-        self.pseudo = ones_sum(src + dst)
+        ethernet.HEADER.pack_into(self.head, 0, bytes(6), device.mac, ethertype)
+        self.head[self.l4 - len(on_wire) : self.l4] = on_wire
+        self.pseudo = ones_sum(on_wire)
         self._sum = self.pseudo + _VERSION_IHL
         self._csum_offload = bool(device.features & FEATURE_CSUM)
         self._lladdr = b""  # what the template has now
@@ -111,7 +136,7 @@ class Path:
         csum_at: int = -1,
         gso_size: int = 0,
         tos: int = 0,
-        ttl: int = 64,
+        ttl: int = 0,
         df: bool = True,
         gfp: int = ATOMIC,
     ) -> bool:
@@ -120,38 +145,49 @@ class Path:
         The transport has written its header of `l4_len` bytes to `head` at `l4`. `csum_at` is the offset of the checksum field
         in it, which must hold zero and is completed by the device or here; -1 when the transport has done that itself. A
         payload longer than `gso_size` (if that is not 0) is a TCP super-frame, to be cut into segments with that much payload.
-        While the neighbour is being resolved the packet is copied, by an allocation that may do what `gfp` says, and waits.
+        `ttl` 0 stands for the path's `hop_limit`. While the neighbour is being resolved the packet is copied, by an allocation
+        that may do what `gfp` says, and waits.
         """
-        self._mib.IpOutRequests += 1
         if payload_len <= gso_size:
             gso_size = 0
         length = l4_len + payload_len
-        total = length + 20
-        if total > (65535 if gso_size else self.mtu):
-            self._drops.count(DropReason.PKT_TOO_BIG)
-            return False
+        l4 = self.l4
+        total = l4 - L3 + length
+        if not ttl:
+            ttl = self.hop_limit
         head = self.head
         view = self._view
-        ident = self._ident
-        self._ident = (ident + 1) & 0xFFFF
-        flags = self._df if df else 0
-        ttl_proto = ttl << 8 | proto
-        checksum = -(self._sum + tos + total + ident + flags + ttl_proto) % 0xFFFF
-        _FIELDS.pack_into(head, L3, _VERSION_IHL | tos, total, ident, flags, ttl_proto, checksum)
-        l4_end = L4 + l4_len
+        if self.version == 4:
+            self._mib.IpOutRequests += 1
+            if total > (65535 if gso_size else self.mtu):
+                self._drops.count(DropReason.PKT_TOO_BIG)
+                return False
+            ident = self._ident
+            self._ident = (ident + 1) & 0xFFFF
+            flags = self._df if df else 0
+            ttl_proto = ttl << 8 | proto
+            checksum = -(self._sum + tos + total + ident + flags + ttl_proto) % 0xFFFF
+            _FIELDS.pack_into(head, L3, _VERSION_IHL | tos, total, ident, flags, ttl_proto, checksum)
+        else:
+            self._mib.Ip6OutRequests += 1
+            if total > (65535 if gso_size else self.mtu):
+                self._drops.count(DropReason.PKT_TOO_BIG)
+                return False
+            _FIELDS_V6.pack_into(head, L3, _VERSION_6 | tos << 20, length, proto, ttl)
+        l4_end = l4 + l4_len
         csum_start = 0
         csum_offset = NO_CSUM
         if csum_at >= 0:
             checksum = self.pseudo + proto + length
             if self._csum_offload:
                 checksum = (checksum - 1) % 0xFFFF + 1
-                csum_start = L4
+                csum_start = l4
                 csum_offset = csum_at
             else:
-                checksum = -(checksum + ones_sum(view[L4:l4_end]) + ones_sum_views(payload)) % 0xFFFF
-                if not checksum and proto == ipv4.IPPROTO_UDP:
-                    checksum = 0xFFFF
-            field = L4 + csum_at
+                checksum = -(checksum + ones_sum(view[l4:l4_end]) + ones_sum_views(payload)) % 0xFFFF
+            if not checksum and proto == ipv4.IPPROTO_UDP:
+                checksum = 0xFFFF
+            field = l4 + csum_at
             head[field] = checksum >> 8
             head[field + 1] = checksum & 0xFF
         neighbour = self.neighbour
@@ -172,14 +208,17 @@ class Path:
         return False
 
     def narrow(self, mtu: int) -> None:
-        """The path takes only `mtu` bytes. Under `PMTU_MIN` it is sent that much all the same, and routers may cut (no DF)."""
+        """The path takes only `mtu` bytes. Of IPv4, under `PMTU_MIN` it is sent that much all the same, and routers may cut (no
+        DF); of IPv6 every link takes `ipv6.MIN_MTU`.
+        """
         if mtu < self.mtu:
-            self.mtu = min(self.mtu, max(mtu, PMTU_MIN))
-            self._df = 0 if mtu < PMTU_MIN else ipv4.IP_DF
+            least = PMTU_MIN if self.version == 4 else ipv6.MIN_MTU
+            self.mtu = min(self.mtu, max(mtu, least))
+            self._df = 0 if mtu < least else ipv4.IP_DF
 
     def widen(self) -> None:
         """Forget what was learned about the path's MTU."""
-        self.mtu = self.device.mtu
+        self.mtu = self._link_mtu
         self._df = ipv4.IP_DF
 
     def close(self) -> None:

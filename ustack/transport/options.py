@@ -40,9 +40,11 @@ class SocketOptions:
     syncnt: int = 0
     """SYN retransmissions (TCP_SYNCNT); 0: as configured."""
     tos: int = 0
-    """Type of service (IP_TOS)."""
-    ttl: int = 64
-    """Time to live (IP_TTL)."""
+    """Type of service, or traffic class (IP_TOS, IPV6_TCLASS)."""
+    ttl: int = 0
+    """Time to live, or hop limit (IP_TTL, IPV6_UNICAST_HOPS); 0: what the path says."""
+    v6only: bool = False
+    """An IPv6 socket takes no IPv4 (IPV6_V6ONLY)."""
     rcvlowat: int = 1
     """Bytes that must wait before a stream counts as readable (SO_RCVLOWAT)."""
     notsent_lowat: int = 0

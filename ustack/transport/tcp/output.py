@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 IPPROTO_TCP: Final = 6
 MASK32: Final = 0xFFFFFFFF
 IP_TOTAL_MAX: Final = 65535
-SKB_MAX: Final = IP_TOTAL_MAX - 20 - HEADER_LEN - TS_LEN
-"""Bytes of payload that one packet carries at most beside timestamps."""
+SKB_MAX: Final = IP_TOTAL_MAX - 40 - HEADER_LEN - TS_LEN
+"""Bytes of payload that one packet, IPv4 or IPv6, carries at most beside timestamps."""
 MIN_MSS: Final = 48
 """Bytes of payload below which no path MTU pushes a segment (tcp_min_snd_mss)."""
 

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ustack.env import Env
-    from ustack.net.ipv4 import IpPacket, Ipv4
+    from ustack.net.ipv4 import Ipv4
+    from ustack.net.layer import IpPacket
     from ustack.net.path import Path
     from ustack.skb import Buffer, Skb
     from ustack.transport.options import SocketOptions
