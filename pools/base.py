@@ -105,6 +105,13 @@ class Pool(ABC):
         """
         return self.reap()
 
+    def alone_on(self, pfn: int, own: Collection[int]) -> bool:
+        """Whether no live data lies on the page `pfn`, not even in part, but that at the addresses `own`.
+
+        Heads do not count: what they would hold is not in the arena. False also says that the pool cannot tell.
+        """
+        return False
+
     @abstractmethod
     def held_pages(self) -> int:
         """Pages that the pool holds now, cached free objects included."""

@@ -183,6 +183,21 @@ class KmallocPool(Pool):
             cache.reap_tick(now)
         return self.pages.free_pages - before
 
+    def alone_on(self, pfn: int, own: Collection[int]) -> bool:
+        """See `Pool.alone_on`. Bookkeeping of a slab that lies there counts as foreign data."""
+        slab = self._slab_of[pfn]
+        if slab is None or slab.cache is self._heads:
+            return False
+        start = max(slab.base, (pfn << PAGE_SHIFT) - slab.cache.size + GRANULE)
+        live = self._slab_map.live
+        end = (pfn + 1) << PAGE_SHIFT >> GRANULE_SHIFT
+        granule = live.find(1, start >> GRANULE_SHIFT, end)
+        while granule >= 0:
+            if granule << GRANULE_SHIFT not in own:
+                return False
+            granule = live.find(1, granule + 1, end)
+        return True
+
     def held_pages(self) -> int:
         """Pages of all slabs."""
         return sum(cache.held_pages() for cache in self._caches)

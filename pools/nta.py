@@ -32,6 +32,8 @@ from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
 from pools.gfp import ATOMIC, MEMALLOC, may_use_reserve
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from pools.buddy import PageAllocator
 
 LANES: Final = 4
@@ -240,6 +242,27 @@ class NtaPool(Pool):
             region, _ = self._empty.popitem()
             self._remove_region(region)
         return self.pages.free_pages - before
+
+    def alone_on(self, pfn: int, own: Collection[int]) -> bool:
+        """See `Pool.alone_on`."""
+        region = self._region_of[pfn]
+        if region is None:
+            return False
+        shift = self._grain_shift
+        first = pfn << PAGE_SHIFT >> shift
+        end = (pfn + 1) << PAGE_SHIFT >> shift
+        before = self._live.rfind(bytes((_DATA,)), region.base >> shift, first)
+        if before >= 0 and before << shift not in own:
+            # Its size is not known here. If the page begins with a free grain, or with a chunk, it ends before.
+            used = not region.bitmap >> (first - (region.base >> shift)) & 1
+            if used and not self._live[first]:
+                return False
+        grain = self._live.find(_DATA, first, end)
+        while grain >= 0:
+            if grain << shift not in own:
+                return False
+            grain = self._live.find(_DATA, grain + 1, end)
+        return True
 
     def held_pages(self) -> int:
         """Pages of all regions and of their descriptors."""

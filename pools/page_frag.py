@@ -22,6 +22,8 @@ from pools.kmalloc import LANES
 from pools.slab import KmemCache, SlabMap
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from pools.buddy import PageAllocator
 
 BLOCK_ORDER: Final = 3
@@ -150,6 +152,22 @@ class PageFragPool(Pool):
                 self._current[cpu] = None
         self._heads.reap()
         return self.pages.free_pages - before
+
+    def alone_on(self, pfn: int, own: Collection[int]) -> bool:
+        """See `Pool.alone_on`. Where a fragment ends is not known here: the one before is taken to reach onto the page."""
+        block = self._block_of[pfn]
+        if block is None:
+            return False
+        first = pfn << PAGE_SHIFT >> LINE_SHIFT
+        end = (pfn + 1) << PAGE_SHIFT >> LINE_SHIFT
+        line = self._live.rfind(1, block.base >> LINE_SHIFT, first + 1)
+        if line < 0:
+            line = self._live.find(1, first, end)
+        while line >= 0:
+            if line << LINE_SHIFT not in own:
+                return False
+            line = self._live.find(1, line + 1, end)
+        return True
 
     def held_pages(self) -> int:
         """Pages of all blocks and of the heads."""

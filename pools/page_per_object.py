@@ -16,6 +16,8 @@ from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
 from pools.gfp import ATOMIC, MEMALLOC, may_use_reserve
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from pools.buddy import PageAllocator
 
 RESERVE_PAGES: Final = 128
@@ -69,6 +71,10 @@ class PagePerObjectPool(Pool):
     def reap(self) -> int:
         """Nothing is ever kept."""
         return 0
+
+    def alone_on(self, pfn: int, own: Collection[int]) -> bool:
+        """See `Pool.alone_on`. Of a block, only the first page knows whose it is."""
+        return self._state[pfn] & _DATA != 0 and pfn << PAGE_SHIFT in own
 
     def held_pages(self) -> int:
         """Pages of all live objects."""

@@ -32,7 +32,7 @@ from pools.gfp import ATOMIC, MEMALLOC, may_use_reserve
 from pools.kmalloc import LANES, KmallocPool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from pools.buddy import PageAllocator
 
@@ -244,6 +244,20 @@ class SrogPool(Pool):
     def reap(self) -> int:
         """Groups hold no page longer than needed; in the role `fallback`, kmalloc is reaped."""
         return self._kmalloc.reap() if self._kmalloc is not None else 0
+
+    def alone_on(self, pfn: int, own: Collection[int]) -> bool:
+        """See `Pool.alone_on`: a block holds the objects of one group, and a group is a packet. As posted, the headers of the
+        objects lie on the page and must stay with it: then it cannot tell.
+        """
+        block = self._block_of[pfn]
+        if block is None:
+            return self._kmalloc is not None and self._kmalloc.alone_on(pfn, own)
+        if self.faithful:
+            return False
+        data = self._data
+        return all(
+            addr in own for addr in range(block.base, block.base + (PAGE_SIZE << block.order), self.layout.word) if addr in data
+        )
 
     def held_pages(self) -> int:
         """Pages of all blocks, and those of kmalloc in the role `fallback`."""

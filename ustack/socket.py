@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ustack.env import Env
+    from ustack.mem.page_flip import GivenPages, PageFlipper
     from ustack.mem.reserve import Reserve
     from ustack.net.ipv4 import Ipv4
     from ustack.skb import Buffer
@@ -57,6 +58,7 @@ class Host(Protocol):
     tcp: Tcp
     udp: Udp
     reserve: Reserve
+    flipper: PageFlipper | None
 
     def tick(self) -> None:
         """Bring the stack's clock up to date."""
@@ -450,6 +452,28 @@ class Socket:
             except BlockingIOError:
                 pass
             await self._wait(self._readers)
+
+    def recv_pages_nowait(self, limit: int) -> GivenPages:
+        """Take about `limit` bytes of a stream, in whole packets and at least one, as pages that the caller may hand to
+        another process: nothing else is on them, and nothing ever will be. The caller closes them when they are not needed
+        any more. No pages at the end of the stream. See `ustack.mem.page_flip`.
+
+        Raises BlockingIOError, OSError EOPNOTSUPP for datagrams and where the stack was not made with `zero_copy`.
+        """
+        flipper = self.host.flipper
+        if flipper is None or self.datagram is not None:
+            raise _error(errno.EOPNOTSUPP)
+        conn = self._stream()
+        self.host.tick()
+        return conn.recv_pages(flipper, limit)
+
+    async def recv_pages(self, limit: int) -> GivenPages:
+        """Wait for data; see `recv_pages_nowait`."""
+        while True:
+            try:
+                return self.recv_pages_nowait(limit)
+            except BlockingIOError:
+                await self._wait(self._readers)
 
     def control_messages(self) -> list[tuple[int, int, bytes]]:
         """What recvmsg(2) tells beside the data, as `(level, type, data)`: with TCP_INQ set, how much is left to read, and 1 at

@@ -26,6 +26,7 @@ from ustack.env import Env
 from ustack.link.rxring import LinearRing
 from ustack.link.sniffer import Sniffers
 from ustack.mem.compaction import compact
+from ustack.mem.page_flip import PageFlipper, Policy
 from ustack.mem.reaper import Reaper
 from ustack.mem.reserve import Budget, Demand, Reserve
 from ustack.mib import Mib
@@ -64,10 +65,12 @@ class Stack:
     it that only memalloc sockets may use: the last that are free, wherever they lie ("auto": as many as the demands of memalloc
     sockets add up to; None: the page allocator's own default).
     `lock_memory` keeps the arena from being swapped out. `capture` are the bytes that sniffers may pin (see `link.sniffer`); 0:
-    nobody sniffs, and the memory is private. `tcp` has the limits and times of TCP, `udp` the limits of UDP.
+    nobody sniffs, and the memory is private. `zero_copy` lets sockets give received data away as pages, by the policy "copy" or
+    "scrub" (see `mem.page_flip`); then nobody sniffs. `tcp` has the limits and times of TCP, `udp` the limits of UDP.
     `random` seeds ports, sequence numbers and identifiers, and `now` is the clock in seconds until somebody moves it: leave
     them out except to repeat a run.
-    Raises KeyError for a pool that does not exist, ValueError for less memory than a page or than the reserve, OSError when
+    Raises KeyError for a pool that does not exist, ValueError for less memory than a page or than the reserve and for `capture`
+    together with `zero_copy`, OSError when
     the memory cannot be had or locked.
     """
 
@@ -80,6 +83,7 @@ class Stack:
         reserve: int | Literal["auto"] | None = None,
         lock_memory: bool = False,
         capture: int = 0,
+        zero_copy: Policy | None = None,
         tcp: TcpConfig | None = None,
         udp: UdpConfig | None = None,
         random: Random | None = None,
@@ -91,7 +95,7 @@ class Stack:
         pool_class: Callable[..., Pool] = by_name(pool) if isinstance(pool, str) else type(pool)
         self._make_pool: Callable[[PageAllocator], Pool] = partial(pool_class, **(pool_options or {}))
         if isinstance(pool, str):
-            arena = Arena(memory // PAGE_SIZE, lock=lock_memory, memfd=capture > 0)
+            arena = Arena(memory // PAGE_SIZE, lock=lock_memory, memfd=capture > 0, flippable=zero_copy is not None)
             pool = self._make_pool(PageAllocator(arena, min_pages=fixed))
         self.pool = pool
         self.pages = pool.pages
@@ -107,6 +111,7 @@ class Stack:
         self.tcp = Tcp(self.env, self.ip, tcp or TcpConfig())
         self.udp = Udp(self.env, self.ip, udp or UdpConfig())
         self.interfaces: list[Interface] = []
+        self.flipper = None if zero_copy is None else PageFlipper(self.env.memory, zero_copy)
         self.sniffers = Sniffers(self.env.memory, self.drops, time_ns, capture)
         self.reaper = Reaper(self.env)
         self.pump = Pump(self)
@@ -281,3 +286,4 @@ class Stack:
         for interface in self.interfaces:
             interface.device.close()
         self.interfaces.clear()
+        self.arena.keep_pages()

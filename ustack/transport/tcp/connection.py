@@ -29,6 +29,7 @@ from ustack.wire.tcp import HEADER_LEN
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ustack.mem.page_flip import GivenPages, PageFlipper
     from ustack.net.path import Path
     from ustack.skb import Buffer
     from ustack.transport.events import DirectReader
@@ -382,6 +383,17 @@ class Connection:
             return done
         self._raise_nothing_to_read(len(target))
         return 0
+
+    def recv_pages(self, flipper: PageFlipper, limit: int) -> GivenPages:
+        """Like `recv`, as pages that are given away: whole skbs, at least one. No pages at the end of the stream."""
+        skbs = self.receive_queue.first(limit)
+        given = flipper.give(skbs)
+        if skbs:
+            self.receive_queue.skip(len(skbs))
+            output.after_read(self)
+        else:
+            self._raise_nothing_to_read(limit)
+        return given
 
     def _raise_nothing_to_read(self, limit: int) -> None:
         if (self.receive_queue.queue and not limit) or 0 <= self.fin_seq < self.rcv_nxt:

@@ -267,6 +267,23 @@ class ReceiveQueue:
         done = self.read_into(memoryview(target))
         return bytes(target[:done])
 
+    def first(self, limit: int) -> list[Skb]:
+        """The skbs that are next to be read, as many as have `limit` bytes together, but at least one; they stay queued."""
+        found: list[Skb] = []
+        for skb in self.queue:
+            if found and skb.len > limit:
+                break
+            found.append(skb)
+            limit -= skb.len
+        return found
+
+    def skip(self, count: int) -> None:
+        """Free the first `count` skbs, as read."""
+        for _ in range(count):
+            skb = self.queue.popleft()
+            self.copied_seq += skb.len
+            skb.free()
+
     def clear(self) -> None:
         """Free everything."""
         for skb in self.queue:
