@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ustack.link.rxring import RxRing
+    from ustack.mem.page_flip import Policy
     from ustack.skb import SkbMemory
     from ustack.transport.tcp.connection import Connection
 
@@ -41,6 +42,7 @@ class Network:
         reserve: int = 0,
         pool: str = "kmalloc",
         capture: int = 0,
+        zero_copy: Policy | None = None,
         tcp: TcpConfig | None = None,
     ) -> None:
         self.world = World(seed)
@@ -49,7 +51,15 @@ class Network:
         a, b = self.devices
         self.wire = SimWire(self.world, a, b, impairments or Impairments())
         self.stacks = [
-            Stack(memory=memory, reserve=reserve, pool=pool, capture=capture, tcp=self.config, random=Random(seed * 2 + n))
+            Stack(
+                memory=memory,
+                reserve=reserve,
+                pool=pool,
+                capture=capture,
+                zero_copy=zero_copy,
+                tcp=self.config,
+                random=Random(seed * 2 + n),
+            )
             for n in (0, 1)
         ]
         self.client, self.server = self.stacks
