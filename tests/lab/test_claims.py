@@ -26,6 +26,16 @@ VERDICTS = {
     3: "partly",
     4: "true",
     5: "partly",
+    6: "partly",
+    7: "true",
+    8: "partly",
+    9: "partly",
+    10: "false",
+    11: "partly",
+    12: "false",
+    13: "true",
+    14: "partly",
+    15: "true",
     16: "partly",
     17: "true",
     18: "true",
@@ -46,16 +56,20 @@ VERDICTS = {
     33: "partly",
     34: "partly",
     35: "true",
+    36: "false",
     37: "partly",
     38: "true",
     39: "partly",
     40: "true",
     41: "false",
     42: "true",
+    43: "partly",
+    44: "true",
+    45: "true",
 }
 """What the experiments say. One that changes its mind is a discovery, in the pool or in the experiment."""
 
-AGAINST_THE_PRIOR = {1, 26, 29, 31, 34}
+AGAINST_THE_PRIOR = {1, 26, 29, 31, 34, 45}
 """Claims where the measurement is not what was expected beforehand."""
 
 
@@ -72,7 +86,7 @@ def test_every_claim_that_can_be_measured_is_in_this_test() -> None:
     assert [claim.number for claim in claims()] == list(VERDICTS)
 
 
-@pytest.mark.parametrize("number", [number for number in VERDICTS if number != 35])
+@pytest.mark.parametrize("number", [number for number in VERDICTS if number not in (35, 36)])
 def test_the_same_seed_gives_the_same_figures(number: int) -> None:
     (claim,) = claims([number])
     assert not claim.timed
@@ -186,6 +200,6 @@ def test_the_table_has_a_line_for_each_claim() -> None:
     assert "false" in done.stdout
 
 
-@pytest.mark.parametrize("only", ["36", "17,999", "x", ""])
+@pytest.mark.parametrize("only", ["47", "17,999", "x", ""])
 def test_a_claim_that_cannot_be_measured_is_a_usage_error(only: str) -> None:
     assert CliRunner().invoke(main, ["pressure", "claims", "--only", only]).exit_code == 2

@@ -44,7 +44,7 @@ def claims(as_json: bool, only: list[int] | None, full: bool, seed: int | None) 
     """Measure what was claimed about memory for packets, and say what is true.
 
     Each claim has a number, who made it (EP: Evgeniy Polyakov, PZ: Peter Zijlstra), the word true, false or partly, and what
-    was measured. Claims that need a running stack are not listed.
+    was measured.
     """
     from rich.console import Console
     from rich.table import Table

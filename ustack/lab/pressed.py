@@ -27,6 +27,7 @@ from ustack.wire.ethernet import ETH_P_ARP
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from pools.base import Pool
     from ustack.socket import Socket
 
 OURS: Final = "10.0.0.1"
@@ -70,7 +71,7 @@ class Pressed:
         seed: int,
         *,
         memory: int = 4 << 20,
-        pool: str = "kmalloc",
+        pool: str | Pool = "kmalloc",
         pool_options: dict[str, Any] | None = None,
         reserve: Any = "auto",
         linear: bool = False,
@@ -163,9 +164,9 @@ class Pressed:
 
     # -- the crowd --
 
-    async def crowd(self, connections: int) -> None:
-        """Let the peer open `connections` and send into each all that it takes, and datagrams of every size to as many sockets,
-        and our side read none of it, until memory is full.
+    async def crowd(self, connections: int, *, datagrams: bool = True) -> None:
+        """Let the peer open `connections` and send into each all that it takes, and, with `datagrams`, datagrams of every size
+        to as many sockets, and our side read none of it, until they get no more memory.
         """
 
         class Unread(asyncio.Protocol):
@@ -185,7 +186,8 @@ class Pressed:
             _Flood(transport).go_on()
         sender = self.peer.socket(type=SOCK_DGRAM)
         self._deaf.append(sender)
-        self._flooding = self.loop.create_task(self._flood(sender, connections))
+        if datagrams:
+            self._flooding = self.loop.create_task(self._flood(sender, connections))
         pages = self.stack.pages
         lowest = pages.pages
         quiet = 0
