@@ -332,11 +332,15 @@ class PageAllocator:
     def _put_shared(self, pfns: Sequence[int]) -> list[int]:
         """Drop one reference of those that have several, and return the others."""
         single = []
+        shared = self._extra
         for pfn in pfns:
-            if pfn in self._extra:
-                self.put_page(pfn)
-            else:
+            extra = shared.get(pfn, 0)
+            if not extra:
                 single.append(pfn)
+            elif extra == 1:
+                del shared[pfn]
+            else:
+                shared[pfn] = extra - 1
         return single
 
     # References
@@ -346,6 +350,15 @@ class PageAllocator:
         if not self._owner[pfn]:
             raise ValueError(f"page {pfn} is not allocated")
         self._extra[pfn] = self._extra.get(pfn, 0) + 1
+
+    def get_pages(self, pfns: Iterable[int]) -> None:
+        """Take one more reference to each of these allocated pages."""
+        owners = self._owner
+        extra = self._extra
+        for pfn in pfns:
+            if not owners[pfn]:
+                raise ValueError(f"page {pfn} is not allocated")
+            extra[pfn] = extra.get(pfn, 0) + 1
 
     def put_page(self, pfn: int, order: int = 0) -> None:
         """Drop one reference; the last one frees the page, or the block of 2**order pages that starts with it."""

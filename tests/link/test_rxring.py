@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pools.arena import PAGE_SIZE
+from pools.base import NULL
 from pools.gfp import ATOMIC, MEMALLOC
 from tests.net.host import make_env
 from ustack.link.rxring import HEADER_BUFFER, LINEAR_RING_FRAMES, LinearRing, PagedRing, RxRing
@@ -188,4 +189,87 @@ def test_a_device_reads_behind_a_header_of_its_own(kind: Callable[..., RxRing]) 
     ring.fill(bytes_of(5000))
     assert ring.frame.tobytes(0, 5000) == bytes_of(5000)
     assert prefix == bytes(10)
+    ring.close()
+
+
+@RINGS
+@pytest.mark.parametrize("sniffer_first", [True, False])
+def test_what_is_pinned_is_the_whole_frame_whatever_part_of_it_was_kept(
+    kind: Callable[[SkbMemory, int], RxRing], sniffer_first: bool
+) -> None:
+    memory = make_env(4096).memory
+    ring = kind(memory, MAX_FRAME)
+    ring.ready()
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.integers(1, MAX_FRAME), st.floats(0, 1), st.floats(0, 1), st.booleans())
+    @example(MAX_FRAME, 0.0, 1.0, True)
+    @example(MAX_FRAME, 0.5, 0.25, True)
+    @example(MAX_FRAME, 0.5, 0.25, False)
+    @example(HEADER_BUFFER + PAGE_SIZE, 0.0, 1.0, True)
+    def check(length: int, where: float, how_much: float, keep: bool) -> None:
+        data = bytes_of(length)
+        assert ring.ready()
+        ring.fill(data)
+        offset = int(where * (length - 1))
+        part = max(int(how_much * (length - offset)), 1)
+        ring.begin_pin()
+        skb = ring.frame.keep(offset, part, ATOMIC) if keep else None
+        pin = ring.end_pin()
+        assert pin is not None
+        ring.ready()
+        ring.fill(bytes(length))  # the next frame must touch neither
+        ring.begin_pin()
+        again = ring.end_pin()
+        assert again is not None
+        ring.ready()
+        ring.fill(b"\xff" * length)
+        if skb is not None:
+            assert skb.tobytes() == data[offset : offset + part]
+            if not sniffer_first:
+                skb.free()
+        assert b"".join(memory.mem[addr : addr + size] for addr, size in pin.runs) == data
+        assert b"".join(memory.mem[addr : addr + size] for addr, size in again.runs) == bytes(length)
+        assert pin.put()
+        assert again.put()
+        if skb is not None and sniffer_first:
+            assert skb.tobytes() == data[offset : offset + part]
+            skb.free()
+
+    check()
+    ring.close()
+
+
+@RINGS
+def test_without_ordinary_memory_nothing_is_pinned_and_the_frame_is_kept_all_the_same(
+    kind: Callable[[SkbMemory, int], RxRing],
+) -> None:
+    memory = make_env(4096).memory
+    ring = kind(memory, 9018)
+    assert ring.ready()
+    data = bytes_of(9018)
+    ring.fill(data)
+    ring.begin_pin()
+    skb = ring.frame.keep(0, 9018, ATOMIC)
+    assert skb is not None
+    memory.pool.reap()
+    hog = memory.pages.owner_id("hog")
+    hogged = memory.pages.alloc_bulk(memory.pages.free_pages, MEMALLOC, hog)
+    size = 2048 if kind is PagedRing else 9018
+    taken = []
+    while (addr := memory.pool.alloc(size, ATOMIC, 0)) != NULL:
+        taken.append(addr)  # what the pool had left
+    reserve_allocs = memory.pages.reserve_allocs
+    pin = ring.end_pin()
+    if kind is PagedRing:
+        assert pin is None
+    else:
+        assert pin is not None, "the clone was made before memory was short"
+        assert pin.put() is True
+    assert memory.pages.reserve_allocs == reserve_allocs
+    assert skb.tobytes() == data
+    skb.free()
+    for addr in taken:
+        memory.pool.free(addr, size, 0)
+    memory.pages.free_bulk(hogged)
     ring.close()

@@ -88,15 +88,22 @@ class RingWriter:
         self.written = 0
         self.released = 0
         self.nonsense = 0
-        slots_fd, self._slots = sealed_memfd("ustack-sniffer", slots * SLOT_SIZE + mmap.PAGESIZE)
+        fds: list[int] = []
+        try:
+            fd, self._slots = sealed_memfd("ustack-sniffer", slots * SLOT_SIZE + mmap.PAGESIZE)
+            fds.append(fd)
+            fds.append(os.memfd_create("ustack-sniffer-release", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            os.ftruncate(fds[1], mmap.PAGESIZE)
+            fcntl.fcntl(fds[1], fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            self._release_map = mmap.mmap(fds[1], mmap.PAGESIZE)
+            wait_fd, self._wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            for fd in fds:
+                os.close(fd)
+            raise
         self._missed = memoryview(self._slots)[slots * SLOT_SIZE :].cast("Q")
-        release_fd = os.memfd_create("ustack-sniffer-release", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(release_fd, mmap.PAGESIZE)
-        fcntl.fcntl(release_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        self._release_map = mmap.mmap(release_fd, mmap.PAGESIZE)
         self._release = memoryview(self._release_map).cast("Q")
-        wait_fd, self._wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.fds = (slots_fd, release_fd, wait_fd)
+        self.fds = (*fds, wait_fd)
 
     def room(self) -> bool:
         """Whether there is a free slot."""

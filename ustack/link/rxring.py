@@ -45,7 +45,8 @@ class Pin:
     """Bytes of a frame that stay as they are while somebody who sniffs reads them, whatever becomes of the frame.
 
     `runs` are the bytes, as `(address, length)` in the arena; `buffers` pool objects `(address, size)` that nobody else holds,
-    `pfns` pages with one more reference, `twin` a clone of an skb. `cost` is what they hold in bytes. The last `put` frees it.
+    `pfns` pages of which one reference is ours, `twin` a clone of an skb. `cost` is what they hold in bytes. The last `put`
+    frees them.
     """
 
     __slots__ = ("buffers", "cost", "memory", "pfns", "refs", "runs", "twin")
@@ -67,8 +68,8 @@ class Pin:
         memory = self.memory
         for addr, size in self.buffers:
             memory.pool.free(addr, size, memory.cpu)
-        for pfn in self.pfns:
-            memory.pages.put_page(pfn)
+        if self.pfns:
+            memory.pages.free_bulk(self.pfns)
         if self.twin is not None:
             self.twin.free()
         return True
@@ -184,7 +185,7 @@ class PagedRing(RxRing):
     without memory.
     """
 
-    __slots__ = ("_header", "_pfns", "_pinned", "_size")
+    __slots__ = ("_header", "_kept", "_kept_from", "_pfns", "_pinning", "_size")
 
     def __init__(self, memory: SkbMemory, max_frame: int, prefix: bytearray | None = None) -> None:
         super().__init__(memory, max_frame, prefix)
@@ -194,7 +195,9 @@ class PagedRing(RxRing):
             raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no memory for the header buffer of a receive ring")
         pages = (max_frame - self._size + PAGE_MASK) >> PAGE_SHIFT
         self._pfns = memory.pages.alloc_bulk(pages, ATOMIC, self._owner) if pages else ()
-        self._pinned: Sequence[int] = ()
+        self._pinning = False
+        self._kept: Sequence[int] = ()  # pages that `keep` has given away while `_pinning`, and the place of the first
+        self._kept_from = 0
         if pages and not self._pfns:
             memory.pool.free(self._header, self._size, memory.cpu)
             raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: no {pages} pages for a receive ring")
@@ -257,6 +260,10 @@ class PagedRing(RxRing):
             self._pfns = [*posted[:first], *fresh, *posted[last:]]
         self._post_pages()
         pages.transfer(taken, memory.frag_owner)
+        if self._pinning:
+            pages.get_pages(taken)
+            self._kept = taken
+            self._kept_from = first
         skb.attach_pages(taken, end - (first << PAGE_SHIFT))
         if split < 0:
             skb.pull(-split - (first << PAGE_SHIFT))
@@ -274,37 +281,32 @@ class PagedRing(RxRing):
         return ((last - first) << PAGE_SHIFT) + (1 << max(split - 1, 0).bit_length()) + head
 
     def begin_pin(self) -> None:
-        """Take a reference to every page of the frame: delivery may give them to an skb, and the skb may free them."""
-        used = (self.frame.len - self._size + PAGE_MASK) >> PAGE_SHIFT
-        self._pinned = self._pfns[: max(used, 0)]
-        for pfn in self._pinned:
-            self.memory.pages.get_page(pfn)
+        """Should the frame be kept, its pages get one more reference: the skb that has them may free them at any time."""
+        self._pinning = True
 
     def end_pin(self) -> Pin | None:
-        """Post another header buffer, and another page for each that nobody has kept."""
+        """Post another header buffer, and other pages for those that nobody has kept."""
+        self._pinning = False
+        kept = self._kept
+        self._kept = ()
         memory = self.memory
         pages = memory.pages
-        pinned = self._pinned
-        left = [at for at, pfn in enumerate(pinned) if self._pfns[at] == pfn]
-        header = memory.pool.alloc(self._size, ATOMIC, memory.cpu)
-        fresh = pages.alloc_bulk(len(left), ATOMIC, self._owner) if left and header != NULL else ()
-        if header == NULL or len(fresh) < len(left):
-            if header != NULL:
-                memory.pool.free(header, self._size, memory.cpu)
-            for pfn in pinned:
-                pages.put_page(pfn)
-            return None
-        if left:
-            mine = [pinned[at] for at in left]
-            pages.transfer(mine, pages.owner_id("sniffed"))
-            for pfn in mine:
-                pages.put_page(pfn)  # the ring's reference; ours stays
-            posted = list(self._pfns)
-            for at, pfn in zip(left, fresh, strict=True):
-                posted[at] = pfn
-            self._pfns = fresh if len(fresh) == len(posted) else posted
-            self._post_pages()
         length = self.frame.len
+        header = memory.pool.alloc(self._size, ATOMIC, memory.cpu)
+        if header == NULL:
+            if kept:
+                pages.free_bulk(kept)
+            return None
+        # `keep` takes pages up to the last one of the frame, unless somebody cut the end off; the first ones may be left.
+        used = max((length - self._size + PAGE_MASK) >> PAGE_SHIFT, 0)
+        pinned = kept
+        if len(kept) < used:
+            pinned = self._replace_pages(used, kept)
+            if not pinned:
+                memory.pool.free(header, self._size, memory.cpu)
+                if kept:
+                    pages.free_bulk(kept)
+                return None
         runs = [(self._header, min(length, self._size))]
         if pinned:
             runs += page_runs(pinned, 0, length - self._size)
@@ -314,6 +316,27 @@ class PagedRing(RxRing):
         self._header = header
         self.frame.head = self.iov[self._prefixes] = memory.arena.view(header, self._size)
         return pin
+
+    def _replace_pages(self, used: int, kept: Sequence[int]) -> Sequence[int]:
+        """All `used` pages of the frame, of which those that are not `kept` leave the ring now; nothing when there are no
+        others for it.
+        """
+        pages = self.memory.pages
+        posted = self._pfns
+        first = self._kept_from if kept else used
+        last = first + len(kept)
+        fresh = pages.alloc_bulk(used - len(kept), ATOMIC, self._owner)
+        if not fresh:
+            return ()
+        if used == len(posted) and not kept:
+            pinned = posted
+            self._pfns = fresh
+        else:
+            pinned = [*posted[:first], *kept, *posted[last:used]]
+            self._pfns = [*fresh[:first], *posted[first:last], *fresh[first:], *posted[used:]]
+        self._post_pages()
+        pages.transfer([*posted[:first], *posted[last:used]], pages.owner_id("sniffed"))
+        return pinned
 
     def close(self) -> None:
         """Give all posted memory back."""

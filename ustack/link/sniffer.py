@@ -147,7 +147,8 @@ class Sniffers:
     def add(self, device: Device | None = None, snaplen: int = SNAPLEN_MAX, slots: int = SLOTS) -> Sniffer:
         """A new sniffer of `device`, or of all of them, that is shown the first `snaplen` bytes of a frame.
 
-        Raises OSError: EOPNOTSUPP when the memory cannot be shared, EBUSY when there are too many sniffers.
+        Raises OSError: EOPNOTSUPP when the memory cannot be shared, EBUSY when there are too many sniffers, EMFILE or ENOMEM
+        when there can be no ring.
         """
         if self.memory.arena.fd < 0 or not self.limit:
             raise OSError(errno.EOPNOTSUPP, "the packet memory is private: nobody may capture from it")
@@ -327,8 +328,7 @@ class Sniffers:
                 runs[at] = (target, size)
                 target += size
             self.copied += total
-        for pfn in pfns:
-            pages.get_page(pfn)
+        pages.get_pages(pfns)
         pin.pfns = pfns
         self.referenced += sum(size for _, size in runs) - sum(len(piece) for _, piece in lost)
         return pin
