@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,10 +58,10 @@ class Reader:
         self.ring.close()
 
 
-def network(ring: Ring = PagedRing, **options: object) -> Network:
+def network(ring: Ring = PagedRing, seed: int = 1, **options: object) -> Network:
     """Two stacks of whose memory up to `LIMIT` bytes may be sniffed."""
     tso = FEATURE_CSUM | FEATURE_TSO if ring is PagedRing else FEATURE_CSUM
-    net = Network(1, features=tso, ring=ring, capture=LIMIT, **options)  # type: ignore[arg-type]
+    net = Network(seed, features=tso, ring=ring, capture=LIMIT, **options)  # type: ignore[arg-type]
     net.world.run(5.0)  # until all addresses have been announced
     return net
 
@@ -156,6 +157,31 @@ def test_a_sniffer_that_never_reads_pins_no_more_than_its_share_and_costs_nobody
     reader.close()
     assert net.server.sniffers.pinned == 0
     assert net.server.pages.pages_by_owner().get("sniffed", 0) == 0
+
+
+def test_a_sniffer_that_writes_nonsense_hurts_only_itself(wires: list[Network], seed: int) -> None:
+    net = network(seed=seed)
+    wires.append(net)
+    random = Random(seed)
+    liar, honest = Reader(net.server), Reader(net.server)
+    honest_sent: list[bytes] = []
+    net.wire.back.tap = lambda _, data: honest_sent.append(data)
+
+    def lie() -> None:
+        honest.read()
+        liar.read(release=False)
+        liar.ring.release(
+            random.choice((0, liar.ring.number, liar.ring.number + 1, random.getrandbits(64), random.randrange(50)))
+        )
+        assert net.server.sniffers.pinned <= LIMIT
+
+    assert len(transfer(net, 1_000_000, each_step=lie)) == 1_000_000
+    honest.read()
+    assert honest.sniffer.missed == 0
+    assert honest.directed(OUTGOING) == honest_sent
+    liar.close()
+    honest.close()
+    assert net.server.sniffers.pinned == 0
 
 
 def test_two_sniffers_share_the_limit_and_one_that_sleeps_does_not_take_it_all(wires: list[Network]) -> None:
