@@ -77,11 +77,13 @@ def judge(found: Result, scenario: Scenario, counters: dict[str, int]) -> None:
     if nbd["failure"]:
         failed.append(f"NBD: {nbd['failure']}")
     done = f"{nbd['done']} of {nbd['requests']} requests are done"
-    if scenario.must_finish and found["ending"] != "finished":
+    if found["ending"] == "never full":
+        failed.append("the memory was never full, so that the work did not begin")
+    elif scenario.must_finish and found["ending"] != "finished":
         failed.append(f"finishes: {done} ({found['ending']})")
     if expect.finishes is False and found["ending"] == "finished":
         failed.append("finishes = false: all requests are done")
-    if expect.standstill is not None and found["ending"] != "standstill":
+    if expect.standstill is not None and found["ending"] not in ("standstill", "never full"):
         failed.append(f"standstill: {done}, and the work has not stood still for {expect.standstill:g} s ({found['ending']})")
     gap = max(nbd["gap"], nbd["standing"])
     for name, limit, value in (

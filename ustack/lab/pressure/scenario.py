@@ -69,7 +69,7 @@ def _reserve(value: object) -> object:
 def _between(value: object) -> object:
     """A size, or the smallest and the largest of sizes drawn at random."""
     try:
-        bounds = [as_size(each) for each in value] if isinstance(value, list) else [as_size(value)] * 2
+        bounds = [as_size(each) for each in value] if isinstance(value, list | tuple) else [as_size(value)] * 2
     except ValueError:
         bounds = []
     if len(bounds) == 2:

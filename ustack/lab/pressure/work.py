@@ -111,6 +111,7 @@ class DiskWork:
         self.latencies = Latencies()
         self.beats = 0
         self.beat_gap = 0.0
+        self._last_beat = 0.0
         self.failure = ""
 
     def start(self) -> None:
@@ -172,7 +173,7 @@ class DiskWork:
                 await asyncio.sleep(random.expovariate(1 / plan.pause))
 
     async def _beat(self) -> None:
-        last = self._loop.time()
+        self._last_beat = self._loop.time()
         sector = self._plan.disk - SECTOR
         while True:
             try:
@@ -182,8 +183,8 @@ class DiskWork:
                 return
             now = self._loop.time()
             self.beats += 1
-            self.beat_gap = max(self.beat_gap, now - last)
-            last = now
+            self.beat_gap = max(self.beat_gap, now - self._last_beat)
+            self._last_beat = now
             await asyncio.sleep(self._plan.heartbeat)
 
     def _fail(self, text: str) -> None:
@@ -192,6 +193,8 @@ class DiskWork:
 
     def report(self, standing: float) -> dict[str, Any]:
         """What it came to. `standing`: the seconds at the end in which nothing was done."""
+        if standing and self._heartbeat is not None:
+            self.beat_gap = max(self.beat_gap, self._loop.time() - self._last_beat)
         return {
             "requests": self._plan.requests,
             "done": self.done,
