@@ -33,8 +33,22 @@ class DropReason(IntEnum):
     """An IP protocol that nobody handles."""
     IP_OUTNOROUTES = auto()
     """No route to the destination."""
-    FRAGMENT = auto()
-    """An IP fragment, and reassembly is not available."""
+    FRAG_REASM_TIMEOUT = auto()
+    """Fragments of a datagram that was not whole in time."""
+    FRAG_TOO_FAR = auto()
+    """Fragments of a datagram of which nothing came while its source sent many others."""
+    DUP_FRAG = auto()
+    """A fragment that brings nothing new."""
+    FRAG_OVERLAP = auto()
+    """Fragments of a datagram in which some overlap (RFC 5722)."""
+    FRAG_INVALID = auto()
+    """Fragments that contradict each other about the end or the congestion marks, are empty, or make too long a datagram."""
+    FRAG_TINY = auto()
+    """A fragment that hides a part of the TCP header (RFC 1858, RFC 3128)."""
+    FRAG_EVICTED = auto()
+    """Fragments given up because all together, or those of their source, took too much memory."""
+    DEV_READY = auto()
+    """The interface is down, or went down."""
     NEIGH_FAILED = auto()
     """The next hop did not answer address resolution."""
     NEIGH_QUEUEFULL = auto()

@@ -15,10 +15,18 @@ class Mib:
         "IcmpOutDestUnreachs",
         "IcmpOutEchoReps",
         "IcmpOutMsgs",
+        "IcmpOutTimeExcds",
         "Ip6OutRequests",
+        "IpFragCreates",
+        "IpFragFails",
+        "IpFragOKs",
         "IpInDelivers",
         "IpInReceives",
         "IpOutRequests",
+        "IpReasmFails",
+        "IpReasmOKs",
+        "IpReasmReqds",
+        "IpReasmTimeout",
         "TcpActiveOpens",
         "TcpAttemptFails",
         "TcpEstabResets",
@@ -85,14 +93,30 @@ class Mib:
         """Echo replies sent."""
         self.IcmpOutMsgs = 0
         """ICMP messages sent: errors, replies, and echo requests of our own."""
+        self.IcmpOutTimeExcds = 0
+        """"Time exceeded" messages sent."""
         self.Ip6OutRequests = 0
         """IPv6 packets that a protocol asked to send, those dropped on the way included."""
+        self.IpFragCreates = 0
+        """Fragments sent."""
+        self.IpFragFails = 0
+        """Packets that were too long for their path and must not, or could not, be sent as fragments."""
+        self.IpFragOKs = 0
+        """Packets that were sent as fragments."""
         self.IpInDelivers = 0
         """Packets handed to the protocol that they name."""
         self.IpInReceives = 0
         """IPv4 packets received, those dropped included."""
         self.IpOutRequests = 0
         """Packets that a protocol asked to send, those dropped on the way included."""
+        self.IpReasmFails = 0
+        """Datagrams, or fragments of them, that could not be put together, those that timed out included."""
+        self.IpReasmOKs = 0
+        """Datagrams put together from fragments."""
+        self.IpReasmReqds = 0
+        """Fragments received."""
+        self.IpReasmTimeout = 0
+        """Datagrams of which fragments were missing when their time was over."""
         self.TcpActiveOpens = 0
         """Connections that we began to open."""
         self.TcpAttemptFails = 0

@@ -96,10 +96,12 @@ class Skb:
 
     `data` and `tail` are arena addresses of the linear part; `frags` are runs `(address, length)` behind it, on the pages
     `pfns`. `len` counts both, in bytes. The rest are typed slots of the layer that holds the packet now: `seq`, `end_seq`,
-    `flags` and `sent_at` belong to TCP; `peer` is the sender of a datagram.
+    `flags` and `sent_at` belong to TCP; `peer` is the sender of a datagram. `absorbed` are skbs whose memory this one uses as
+    well (see `absorb`).
     """
 
     __slots__ = (
+        "absorbed",
         "account",
         "addr",
         "data",
@@ -133,6 +135,7 @@ class Skb:
         self.truesize = 0
         self.pfmemalloc = False
         self.dataref: list[int] | None = None
+        self.absorbed: list[Skb] | None = None
         self.account: Account | None = None
         self.seq = 0
         self.end_seq = 0
@@ -197,6 +200,23 @@ class Skb:
         self.frags = page_runs(pfns, 0, length)
         self.len += length
         self.truesize += len(pfns) << PAGE_SHIFT
+
+    def absorb(self, other: Skb) -> None:
+        """Append the data of `other` without copying it: `other` must not be used any more, and is freed with this skb (the
+        kernel's frag_list). What it costs is charged to who pays for this one. Neither may have been cloned.
+        """
+        other.uncharge()
+        if self.account is not None:
+            self.account.charge(other.truesize)
+        if other.tail > other.data:
+            self.frags.append((other.data, other.tail - other.data))
+        self.frags += other.frags
+        self.len += other.len
+        self.truesize += other.truesize
+        self.pfmemalloc |= other.pfmemalloc
+        if self.absorbed is None:
+            self.absorbed = []
+        self.absorbed.append(other)
 
     def push(self, header: Buffer) -> None:
         """Put `header` in front of the data. Raises ValueError when it does not fit the headroom."""
@@ -319,6 +339,12 @@ class Skb:
         self.account = account
         account.charge(self.truesize)
 
+    def uncharge(self) -> None:
+        """Let nobody pay for the packet, while it goes from one owner to the next."""
+        if self.account is not None:
+            self.account.uncharge(self.truesize)
+            self.account = None
+
     def free(self) -> None:
         """End the packet: its charge, its head and its share of the data. The object must not be used any more.
 
@@ -413,6 +439,7 @@ class SkbMemory:
         twin.addr, twin.size, twin.data, twin.tail = skb.addr, skb.size, skb.data, skb.tail
         twin.frags = skb.frags.copy()
         twin.pfns = skb.pfns
+        twin.absorbed = skb.absorbed
         twin.len = skb.len
         twin.truesize = skb.truesize
         twin.pfmemalloc |= skb.pfmemalloc
@@ -438,6 +465,9 @@ class SkbMemory:
                 pool.free(skb.addr, skb.size, self.cpu)
             if skb.pfns:
                 self.pages.free_bulk(skb.pfns)
+            if skb.absorbed is not None:
+                for each in skb.absorbed:
+                    self.free(each)
         self.live -= 1
         if len(self._free) < FREE_LIST_MAX:
             skb.addr = NULL
@@ -447,5 +477,6 @@ class SkbMemory:
                 skb.pfns = ()
             if skb.frags:
                 skb.frags = []
+            skb.absorbed = None
             skb.peer = None
             self._free.append(skb)

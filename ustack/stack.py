@@ -189,6 +189,7 @@ class Stack:
             self.tcp.ofo_account,
             self.tcp.send_account,
             self.udp.account,
+            self.ip.fragments.account,
             *(interface.neighbours.account for interface in self.interfaces),
         ]
 

@@ -67,13 +67,6 @@ async def test_an_echo_of_any_size_that_fits_comes_back(
     assert stack.drops.by_name() == {}
 
 
-async def test_a_packet_that_must_be_fragmented_is_dropped_and_counted(stack_on_tap: StackOnTap, netns: Namespace) -> None:
-    stack = await stack_on_tap()
-    assert (await ping(netns, OURS, count=1, size=1473)).received == 0
-    assert stack.drops.by_name() == {"FRAGMENT": 2}
-    assert (await ping(netns, OURS, count=1, size=1472)).received == 1
-
-
 async def test_a_flood_is_answered_packet_by_packet(stack_on_tap: StackOnTap, netns: Namespace) -> None:
     stack = await stack_on_tap()
     flooded = await netns.arun(require_tool("ping"), "-q", "-f", "-c", "2000", OURS)

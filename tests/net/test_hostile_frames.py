@@ -77,7 +77,7 @@ def victim(request: pytest.FixtureRequest) -> Iterator[BenchHost]:
 def outcome(host: BenchHost) -> int:
     """A number that changes with everything that may become of a frame."""
     mib = host.env.mib
-    return host.env.drops.total() + mib.IpInDelivers + mib.IcmpInMsgs + host.interface.arp.conflicts
+    return host.env.drops.total() + mib.IpInDelivers + mib.IpReasmReqds + mib.IcmpInMsgs + host.interface.arp.conflicts
 
 
 def attack(host: BenchHost, data: bytes, csum_ok: bool) -> None:

@@ -194,16 +194,32 @@ def test_there_is_no_error_about_an_error_or_a_broadcast(host: BenchHost) -> Non
     assert len(host.take_sent()) == 1
 
 
-def test_errors_are_limited_to_a_burst_and_a_rate(host: BenchHost) -> None:
+def test_errors_to_one_host_are_limited_to_a_burst_and_one_a_second(host: BenchHost) -> None:
     acquainted(host)
-    for _ in range(70):
+    for _ in range(10):
         host.arrive_ip(253, b"payload")
-    assert len(host.take_sent()) == 50
-    assert host.drops == {"IP_NOPROTO": 70, "ICMP_RATELIMIT": 20}
-    host.wait(0.0101)
-    for _ in range(20):
+    assert len(host.take_sent()) == 6
+    assert host.drops == {"IP_NOPROTO": 10, "ICMP_RATELIMIT": 4}
+    host.wait(2.01)
+    for _ in range(10):
         host.arrive_ip(253, b"payload")
-    assert len(host.take_sent()) == 10
+    assert len(host.take_sent()) == 2
+
+
+def test_errors_to_all_hosts_are_limited_to_a_burst_and_a_rate() -> None:
+    host = BenchHost()
+    try:
+        host.ipv4.routes.add(bytes(4), 0, host.interface, host.peer)
+        acquainted(host)
+        for n in range(200):
+            host.arrive_ip(253, b"payload", src=ip(f"192.0.2.{n}"))
+        assert 30 <= len(host.take_sent()) <= 80  # what one costs is random, so that nobody can count the others'
+        host.wait(0.0101)
+        for n in range(200):
+            host.arrive_ip(253, b"payload", src=ip(f"198.51.100.{n}"))
+        assert 5 <= len(host.take_sent()) <= 20
+    finally:
+        host.close()
 
 
 def test_an_answer_that_finds_no_way_back_is_counted(host: BenchHost) -> None:

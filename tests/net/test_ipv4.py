@@ -75,14 +75,6 @@ def test_source_routes_are_refused(host: BenchHost, options: bytes) -> None:
     assert host.drops == {"IP_INHDR": 1}
 
 
-@pytest.mark.parametrize("frag", [ipv4.IP_MF, 1, ipv4.IP_MF | 185])
-def test_fragments_are_dropped_with_a_reason(host: BenchHost, frag: int) -> None:
-    delivered = listen(host)
-    host.arrive_ip(PROTO, b"payload!", frag=frag)
-    assert delivered == []
-    assert host.drops == {"FRAGMENT": 1}
-
-
 @pytest.mark.parametrize(
     ("at", "value", "reason"),
     [

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ustack.drops import DropReason
+from ustack.net.icmp_limit import ErrorLimiter
 from ustack.net.path import PMTU_MIN
 from ustack.wire import ethernet, icmp, ipv4
 from ustack.wire.checksum import finish, ones_sum_views
@@ -40,12 +41,6 @@ QUOTE_MAX: Final = 576 - ipv4.HEADER_LEN - icmp.HEADER_LEN
 QUOTED_L4_MAX: Final = 60
 """Bytes of a quoted transport header that are handed up."""
 
-ERRORS_PER_SECOND: Final = 1000.0
-"""Errors that we send at most (Linux, icmp_msgs_per_sec)."""
-
-ERRORS_BURST: Final = 50.0
-"""Errors that we send at once (Linux, icmp_msgs_burst)."""
-
 _ERRORS: Final = (icmp.ICMP_DEST_UNREACH, icmp.ICMP_TIME_EXCEEDED, icmp.ICMP_PARAMETERPROB)
 
 
@@ -54,14 +49,13 @@ class Icmp:
     who knows for an error in a buffer from the reserve whether it may be handled. Everything else in such a buffer is dropped.
     """
 
-    __slots__ = ("_drops", "_echoes", "_ipv4", "_mib", "_refilled", "_tokens", "error_handlers", "memalloc_owners")
+    __slots__ = ("_drops", "_echoes", "_ipv4", "_limiter", "_mib", "error_handlers", "memalloc_owners")
 
     def __init__(self, ipv4_layer: Ipv4) -> None:
         self._ipv4 = ipv4_layer
         self._drops = ipv4_layer.env.drops
         self._mib = ipv4_layer.env.mib
-        self._tokens = ERRORS_BURST
-        self._refilled = ipv4_layer.env.timers.now
+        self._limiter = ErrorLimiter(ipv4_layer.env)
         self._echoes: dict[int, Echo] = {}
         self.error_handlers: dict[int, ErrorHandler] = {ipv4.IPPROTO_ICMP: self._on_echo_error}
         self.memalloc_owners: dict[int, MemallocOwner] = {}
@@ -154,37 +148,59 @@ class Icmp:
 
     # -- out --
 
-    def send_unreachable(self, packet: IpPacket, code: int) -> None:
-        """Tell the sender of `packet` that its destination is unreachable here, unless that is forbidden or happens too often.
+    def send_error(self, packet: IpPacket, kind: int, code: int) -> None:
+        """Tell the sender of `packet` what is wrong with it, unless that is forbidden or happens too often.
 
-        Never about a broadcast or an ICMP error (RFC 1122, section 3.2.2). Fragments and packets from nobody do not get this
-        far.
+        Never about a broadcast or an ICMP error (RFC 1122, section 3.2.2). Packets from nobody do not get this far.
         """
-        head = packet.frame.head
-        if packet.broadcast or (packet.proto == ipv4.IPPROTO_ICMP and head[packet.l4] in icmp.ERROR_TYPES):
+        if packet.broadcast:
             return
-        if not self._may_send():
+        frame = packet.frame
+        length = min(packet.l4 - packet.l3 + packet.l4_len, QUOTE_MAX)
+        self._send_error(
+            kind, code, packet.src, packet.dst, packet.proto, frame.head[packet.l4], frame.views(packet.l3, length)
+        )
+
+    def send_reassembly_timeout(self, header: bytes, first: Skb) -> None:
+        """Tell the sender of a fragment, the first of its datagram, that the others did not come in time. `header` is its IP
+        header, `first` what came with it.
+        """
+        parsed = ipv4.parse_header(header, 0, len(header))
+        assert parsed is not None, "it was checked when it arrived"
+        data = first.views(0, min(first.len, QUOTE_MAX - len(header)))
+        self._send_error(
+            icmp.ICMP_TIME_EXCEEDED,
+            icmp.ICMP_EXC_FRAGTIME,
+            parsed.src,
+            parsed.dst,
+            parsed.protocol,
+            data[0][0],
+            [memoryview(header), *data],
+        )
+
+    def _send_error(
+        self, kind: int, code: int, dst: bytes, src: bytes, proto: int, quoted_type: int, quote: list[memoryview]
+    ) -> None:
+        """Send an error from our address `src` about a packet of protocol `proto` that `dst` sent, which begins as `quote`;
+        `quoted_type` is the first byte of its payload.
+        """
+        if proto == ipv4.IPPROTO_ICMP and quoted_type in icmp.ERROR_TYPES:
+            return
+        if not self._limiter.allow(dst):
             self._drops.count(DropReason.ICMP_RATELIMIT)
             return
         try:
-            path = self._ipv4.path(packet.src, packet.dst)
+            path = self._ipv4.path(dst, src)
         except OSError:
             return  # counted there
-        length = min(packet.l4 - packet.l3 + packet.l4_len, QUOTE_MAX)
-        quote = packet.frame.views(packet.l3, length)
-        path.head[path.l4 : path.l4 + icmp.HEADER_LEN] = icmp.build_header(icmp.ICMP_DEST_UNREACH, code, 0, 0, quote)
-        self._mib.IcmpOutMsgs += 1
-        self._mib.IcmpOutDestUnreachs += 1
-        path.send(ipv4.IPPROTO_ICMP, icmp.HEADER_LEN, quote, length, tos=0xC0, df=False)
-
-    def _may_send(self) -> bool:
-        now = self._ipv4.env.timers.now
-        self._tokens = min(ERRORS_BURST, self._tokens + (now - self._refilled) * ERRORS_PER_SECOND)
-        self._refilled = now
-        if self._tokens < 1.0:
-            return False
-        self._tokens -= 1.0
-        return True
+        path.head[path.l4 : path.l4 + icmp.HEADER_LEN] = icmp.build_header(kind, code, 0, 0, quote)
+        mib = self._mib
+        mib.IcmpOutMsgs += 1
+        if kind == icmp.ICMP_DEST_UNREACH:
+            mib.IcmpOutDestUnreachs += 1
+        elif kind == icmp.ICMP_TIME_EXCEEDED:
+            mib.IcmpOutTimeExcds += 1
+        path.send(ipv4.IPPROTO_ICMP, icmp.HEADER_LEN, quote, sum(map(len, quote)), tos=0xC0, df=False)
 
     # -- echo of our own --
 

@@ -1,8 +1,8 @@
 """IPv4 (RFC 791; host requirements RFC 1122, section 3.2): header checks and local delivery on the way in, paths on the way
 out.
 
-A host, not a router: what is not for us is dropped. Options are accepted and ignored, except that source routes are refused;
-fragments are dropped.
+A host, not a router: what is not for us is dropped. Options are accepted and ignored, except that source routes are refused.
+Fragments are put together by `net.fragments`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from ustack.drops import DropReason
+from ustack.link.skbring import SkbRing
 from ustack.net import addresses
+from ustack.net.fragments import PACKET_MAX, FragmentParameters, FragmentQueue, Fragments
 from ustack.net.icmp import Icmp
 from ustack.net.layer import IpLayer, IpPacket
 from ustack.net.path import Path
 from ustack.net.routes import RouteTable
 from ustack.wire import ethernet, ipv4
-from ustack.wire.icmp import ICMP_PROT_UNREACH
+from ustack.wire.icmp import ICMP_DEST_UNREACH, ICMP_PROT_UNREACH
 
 if TYPE_CHECKING:
     from ustack.env import Env
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 LIMITED_BROADCAST: Final = b"\xff\xff\xff\xff"
 """Everybody on the link (RFC 1122, section 3.2.1.3)."""
 
+TCP_FIRST_MIN: Final = 20
+"""Bytes that the first fragment of a TCP segment has at least: its header (RFC 3128)."""
+
 _FRAGMENT: Final = ipv4.IP_MF | ipv4.IP_OFFSET
 _BROADCAST_PROTOCOLS: Final = (ipv4.IPPROTO_ICMP, ipv4.IPPROTO_UDP)
 
@@ -35,7 +40,7 @@ _BROADCAST_PROTOCOLS: Final = (ipv4.IPPROTO_ICMP, ipv4.IPPROTO_UDP)
 class Ipv4(IpLayer):
     """IPv4 of one stack. `addresses` maps each of our addresses to its interface; for the rest see `IpLayer`."""
 
-    __slots__ = ("_drops", "_mib", "_never_sources", "_packet", "addresses", "icmp", "routes")
+    __slots__ = ("_drops", "_mib", "_never_sources", "_packet", "_whole", "addresses", "fragments", "icmp", "routes")
 
     def __init__(self, env: Env) -> None:
         super().__init__(env)
@@ -45,6 +50,8 @@ class Ipv4(IpLayer):
         self._mib = env.mib
         self._packet = IpPacket()
         self._never_sources: frozenset[bytes] = frozenset()
+        self.fragments = Fragments(env, FragmentParameters(), self._on_reassembly_failed)
+        self._whole = SkbRing(env.memory)  # delivers what was put together
         self.icmp = Icmp(self)
         self.register(ipv4.IPPROTO_ICMP, self.icmp.input)
 
@@ -98,6 +105,7 @@ class Ipv4(IpLayer):
         self._addresses_changed()
         self.routes.remove_interface(interface)
         self.invalidate()
+        self.fragments.forget_interface(interface)
         interface.close()
 
     def _addresses_changed(self) -> None:
@@ -139,8 +147,7 @@ class Ipv4(IpLayer):
             self._drops.count(DropReason.IP_INADDRERRORS)
             return
         if frag & _FRAGMENT:
-            # Nobody knows whose a fragment is before all have come, so the reserve holds none.
-            self._drops.count(DropReason.PFMEMALLOC if frame.pfmemalloc else DropReason.FRAGMENT)
+            self._fragment_arrives(interface, frame, offset, ihl, broadcast)
             return
         packet = self._packet
         packet.interface = interface
@@ -156,14 +163,95 @@ class Ipv4(IpLayer):
         packet.broadcast = broadcast
         handler = self.protocols.get(proto)
         if handler is None:
-            if frame.pfmemalloc:
-                self._drops.count(DropReason.PFMEMALLOC)  # IGMP, for one: there are no memalloc sockets for it
-                return
-            self._drops.count(DropReason.IP_NOPROTO)
-            self.icmp.send_unreachable(packet, ICMP_PROT_UNREACH)
+            self._refuse_protocol(packet)
             return
         self._mib.IpInDelivers += 1
         handler(packet)
+
+    def _refuse_protocol(self, packet: IpPacket) -> None:
+        if packet.frame.pfmemalloc:
+            self._drops.count(DropReason.PFMEMALLOC)  # IGMP, for one: there are no memalloc sockets for it
+            return
+        self._drops.count(DropReason.IP_NOPROTO)
+        self.icmp.send_error(packet, ICMP_DEST_UNREACH, ICMP_PROT_UNREACH)
+
+    # -- fragments --
+
+    def _fragment_arrives(self, interface: Interface, frame: RxFrame, offset: int, ihl: int, broadcast: bool) -> None:
+        """The packet at `offset`, whose header has been checked, is a fragment: deliver the datagram if that makes it whole."""
+        mib = self._mib
+        mib.IpReasmReqds += 1
+        head = frame.head
+        _, tos, total, _, frag, _, proto, _, src, _ = ipv4.HEADER.unpack_from(head, offset)
+        start = (frag & ipv4.IP_OFFSET) << 3
+        length = total - ihl
+        more = frag & ipv4.IP_MF != 0
+        if more:
+            length &= ~7  # as Linux: what does not fill eight bytes would overlap with what follows
+        reason = None
+        if not length:
+            reason = DropReason.FRAG_INVALID
+        elif ihl + start + length > PACKET_MAX:
+            reason = DropReason.PKT_TOO_BIG
+        elif proto == ipv4.IPPROTO_TCP and (start == 8 or (not start and length < TCP_FIRST_MIN)):
+            reason = DropReason.FRAG_TINY
+        if reason is not None:
+            mib.IpReasmFails += 1
+            self._drops.count(reason)
+            return
+        key = bytes(head[offset + ipv4.OFF_SRC : offset + 20]) + bytes(head[offset + ipv4.OFF_ID : offset + ipv4.OFF_FRAG])
+        key += bytes((proto,))
+        at = offset + ihl
+        header = b"" if start else bytes(head[:at])
+        queue = self.fragments.add(key, src, interface, frame, at, start, start + length, more, tos, header, offset, broadcast)
+        if queue is not None:
+            self._deliver_whole(queue, interface)
+
+    def _deliver_whole(self, queue: FragmentQueue, interface: Interface) -> None:
+        l3 = queue.l3
+        l4 = len(queue.header)
+        tos = queue.marked_tos()
+        total = l4 - l3 + queue.length
+        if tos < 0 or total > PACKET_MAX:
+            self.fragments.discard(queue, DropReason.FRAG_INVALID if tos < 0 else DropReason.PKT_TOO_BIG)
+            return
+        header = ipv4.whole_header(queue.header, l3, total, tos)
+        _, _, _, _, _, ttl, proto, _, src, dst = ipv4.HEADER.unpack_from(header, l3)
+        ring = self._whole
+        ring.load(header, self.fragments.join(queue))
+        self._mib.IpReasmOKs += 1
+        packet = self._packet
+        packet.interface = interface
+        packet.frame = ring.frame
+        packet.src = src
+        packet.dst = dst
+        packet.l3 = l3
+        packet.l4 = l4
+        packet.l4_len = queue.length
+        packet.proto = proto
+        packet.ttl = ttl
+        packet.tos = tos
+        packet.broadcast = queue.broadcast
+        handler = self.protocols.get(proto)
+        if handler is None:
+            self._refuse_protocol(packet)
+        else:
+            self._mib.IpInDelivers += 1
+            handler(packet)
+        ring.unload()
+
+    def _on_reassembly_failed(self, queue: FragmentQueue, reason: DropReason) -> None:
+        self._mib.IpReasmFails += 1
+        if reason is DropReason.FRAG_REASM_TIMEOUT:
+            self._mib.IpReasmTimeout += 1
+            first = queue.first
+            if first is not None and not queue.broadcast:
+                self.icmp.send_reassembly_timeout(queue.header[queue.l3 :], first)
+
+    def close(self) -> None:
+        """Use no interface any more, and free what was not put together."""
+        super().close()
+        self.fragments.close()
 
     # -- out --
 

@@ -169,7 +169,7 @@ class Udp:
         if not receivers:
             self._mib.UdpNoPorts += 1
             self._drops.count(DropReason.NO_SOCKET)
-            self.ipv4.icmp.send_unreachable(packet, icmp.ICMP_PORT_UNREACH)
+            self.ipv4.icmp.send_error(packet, icmp.ICMP_DEST_UNREACH, icmp.ICMP_PORT_UNREACH)
             return
         skb: Skb | None = None
         for receiver in receivers:

@@ -32,6 +32,9 @@ ICMP_PROT_UNREACH: Final = 2
 ICMP_PORT_UNREACH: Final = 3
 ICMP_FRAG_NEEDED: Final = 4
 
+ICMP_EXC_TTL: Final = 0
+ICMP_EXC_FRAGTIME: Final = 1
+
 ERROR_TYPES: Final = frozenset({ICMP_DEST_UNREACH, 4, 5, ICMP_TIME_EXCEEDED, ICMP_PARAMETERPROB})
 """Types that no error may be sent about, because they are errors (RFC 1122, section 3.2.2); 4 and 5 are obsolete ones."""
 

@@ -100,6 +100,19 @@ def build_header(
     return bytes(header)
 
 
+def whole_header(header: Buffer, start: int, total: int, tos: int) -> bytearray:
+    """The header at `start` of `header`, which is a fragment's, as that of the whole packet of `total` bytes; what comes before
+    stays as it is.
+    """
+    whole = bytearray(header)
+    whole[start + 1] = tos
+    whole[start + OFF_TOTAL : start + OFF_ID] = total.to_bytes(2, "big")
+    whole[start + OFF_FRAG : start + OFF_TTL] = b"\0\0"
+    whole[start + OFF_CSUM : start + OFF_SRC] = b"\0\0"
+    whole[start + OFF_CSUM : start + OFF_SRC] = finish(ones_sum(memoryview(whole)[start:])).to_bytes(2, "big")
+    return whole
+
+
 def has_source_route(buffer: Buffer, start: int, end: int) -> bool:
     """Whether the options in `buffer[start:end]` name a source route, loose or strict. A malformed option ends the search."""
     at = start
