@@ -47,10 +47,10 @@ def test_datagrams_go_round_the_sockets_and_are_of_the_sizes_that_were_asked_for
 def test_fragments_make_a_datagram_up_to_the_last_one(complete: bool) -> None:
     traffic = Fragments(kind="fragments", size=(5000, 5000), complete=complete)
     pieces = [frame.data for frame in frames(traffic, 1)]
-    assert all(piece.offset % 8 == 0 and piece.mf for piece in pieces[:-1])
+    assert all(piece.mf for piece in pieces[:-1])
     assert len({piece.id for piece in pieces}) == 1
     assert bool(pieces[-1].mf) != complete
-    end = pieces[-1].offset + len(bytes(pieces[-1].data))
+    end = pieces[-1].offset * 8 + len(bytes(pieces[-1].data))
     assert (end == 5008) == complete
     assert int.from_bytes(bytes(pieces[0].data)[2:4], "big") == NOBODYS_PORT
 
