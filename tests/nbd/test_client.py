@@ -101,7 +101,7 @@ async def test_what_breaks_the_limits_is_refused_before_it_is_sent(
     negotiation = wire.negotiation(4096, blocks=(512, 4096, 4096))[18:]
     async with (
         scripted(*STEPS[:2], negotiation, 36, then_close=False) as (connector, heard),
-        await NbdClient.open(connector) as disk,
+        await NbdClient.open(connector, dead_after=0) as disk,
     ):
         with pytest.raises(OSError, match="bytes at") as caught:
             await call(disk)
@@ -129,7 +129,7 @@ async def test_what_the_server_does_not_offer_is_not_sent(
 ) -> None:
     async with (
         scripted(*STEPS[:2], wire.negotiation(4096, flags)[18:], 36, then_close=False) as (connector, heard),
-        await NbdClient.open(connector) as disk,
+        await NbdClient.open(connector, dead_after=0) as disk,
     ):
         with pytest.raises(OSError, match=r"read-only|does not offer") as caught:
             await call(disk)
@@ -154,7 +154,7 @@ async def test_what_the_server_does_not_offer_is_not_sent(
 async def test_every_error_of_the_server_becomes_an_oserror(value: int, code: int) -> None:
     async with (
         scripted(*STEPS, 28, wire.error(1, value, b"dust on the head"), then_close=False) as (connector, _),
-        await NbdClient.open(connector) as disk,
+        await NbdClient.open(connector, dead_after=0) as disk,
     ):
         with pytest.raises(OSError, match=r'NBD_CMD_READ of 512 bytes at 1024 failed.*"dust on the head"') as caught:
             await disk.pread(512, 1024)
@@ -163,7 +163,7 @@ async def test_every_error_of_the_server_becomes_an_oserror(value: int, code: in
 
 async def test_eshutdown_lets_the_client_leave_politely() -> None:
     async with scripted(*STEPS, 28, wire.error(1, 108), then_close=False) as (connector, heard):
-        disk = await NbdClient.open(connector)
+        disk = await NbdClient.open(connector, dead_after=0)
         with pytest.raises(OSError, match="ESHUTDOWN"):
             await disk.pread(512, 0)
         with pytest.raises(BrokenPipeError):
@@ -179,7 +179,7 @@ async def test_an_error_in_one_part_of_a_split_call_fails_the_call_after_all_par
             connector,
             _,
         ),
-        await NbdClient.open(connector) as disk,
+        await NbdClient.open(connector, dead_after=0) as disk,
     ):
         memory = bytearray(1536)
         with pytest.raises(OSError, match="512 bytes at 512"):
@@ -201,7 +201,7 @@ BAD_REPLIES: dict[str, bytes] = {
 @pytest.mark.parametrize("complaint", BAD_REPLIES)
 async def test_a_server_that_breaks_the_protocol_loses_all_requests_at_once(complaint: str) -> None:
     async with scripted(*STEPS, 28 * 3, BAD_REPLIES[complaint], then_close=False) as (connector, _):
-        disk = await NbdClient.open(connector)
+        disk = await NbdClient.open(connector, dead_after=0)
         results = await asyncio.gather(disk.pread(512, 0), disk.flush(), disk.trim(512, 0), return_exceptions=True)
         assert all(isinstance(result, nbd.NbdProtocolError) for result in results)
         assert complaint in str(results[0])
@@ -231,7 +231,7 @@ SESSION: list[bytes | int] = [
 async def test_a_connection_closed_at_any_message_boundary_is_a_clear_error(messages: int) -> None:
     async with scripted(*SESSION[:messages]) as (connector, _):
         with pytest.raises(ConnectionError, match=r"server closed the connection|[Cc]onnection reset|Broken pipe"):
-            async with await NbdClient.open(connector) as disk:
+            async with await NbdClient.open(connector, dead_after=0) as disk:
                 # Both, whichever fails first: nothing may hang.
                 results = await asyncio.gather(disk.pread(512, 0), disk.flush(), return_exceptions=True)
                 assert isinstance(results[0], OSError)
@@ -247,7 +247,7 @@ async def test_a_server_that_falls_silent_in_the_negotiation_is_a_timeout(messag
 
 
 async def test_whoever_waits_for_the_end_hears_the_reason() -> None:
-    async with scripted(*STEPS) as (connector, _), await NbdClient.open(connector) as disk:
+    async with scripted(*STEPS) as (connector, _), await NbdClient.open(connector, dead_after=0) as disk:
         reason = await disk.wait_lost()
         assert isinstance(reason, ConnectionResetError)
         assert "server closed the connection" in str(reason)
@@ -263,7 +263,7 @@ async def test_a_server_that_cannot_be_reached_is_a_timeout() -> None:
 
 async def test_a_server_that_falls_silent_later_fails_everybody_in_time_even_those_in_line() -> None:
     async with scripted(*STEPS, 28, wire.none(1)[:7], then_close=False) as (connector, _):
-        disk = await NbdClient.open(connector, request_timeout=0.05, queue_depth=2)
+        disk = await NbdClient.open(connector, dead_after=0, request_timeout=0.05, queue_depth=2)
         async with asyncio.timeout(5):
             results = await asyncio.gather(*(disk.pread(512, 0) for _ in range(7)), return_exceptions=True)
         assert [type(result) for result in results] == [TimeoutError] * 7
@@ -279,7 +279,7 @@ async def test_a_cancelled_read_leaves_its_memory_alone_and_the_connection_in_st
             connector,
             _,
         ),
-        await NbdClient.open(connector) as disk,
+        await NbdClient.open(connector, dead_after=0) as disk,
     ):
         memory = bytearray(512)
         task = asyncio.create_task(disk.pread_into(memory, 0))
@@ -317,7 +317,7 @@ async def test_no_more_is_in_flight_than_allowed_and_everybody_has_a_turn() -> N
 
 async def test_close_waits_for_answers_and_says_goodbye() -> None:
     async with scripted(*STEPS, 28 + 28, wire.none(1) + wire.data(2, 0, b"z", 1), 28) as (connector, heard):
-        disk = await NbdClient.open(connector)
+        disk = await NbdClient.open(connector, dead_after=0)
         pending = asyncio.gather(disk.flush(), disk.pread(1, 0))
         await asyncio.sleep(0)
         await disk.close()
@@ -330,7 +330,7 @@ async def test_close_waits_for_answers_and_says_goodbye() -> None:
 
 async def test_close_does_not_wait_for_ever() -> None:
     async with scripted(*STEPS, 28, then_close=False) as (connector, _):
-        disk = await NbdClient.open(connector)
+        disk = await NbdClient.open(connector, dead_after=0)
         pending = asyncio.create_task(disk.flush())
         await asyncio.sleep(0)
         await disk.close(grace=0.01)
@@ -340,19 +340,19 @@ async def test_close_does_not_wait_for_ever() -> None:
 
 async def test_writes_wait_while_the_transport_has_enough() -> None:
     async with serving() as uri, nbd.connect(uri) as disk:
-        disk._connection.pause_writing()
+        disk._session._up[0].pause_writing()
         write = asyncio.create_task(disk.pwrite(b"late", 0))
         for _ in range(3):
             await asyncio.sleep(0)
         assert disk.requests_in_flight == 0
-        disk._connection.resume_writing()
+        disk._session._up[0].resume_writing()
         await write
         assert await disk.pread(4, 0) == b"late"
 
 
 async def test_close_turns_away_those_who_wait_for_the_transport() -> None:
     async with serving() as uri, nbd.connect(uri) as disk:
-        disk._connection.pause_writing()
+        disk._session._up[0].pause_writing()
         write = asyncio.create_task(disk.pwrite(b"too late", 0))
         await asyncio.sleep(0)
         await disk.close()
@@ -402,7 +402,7 @@ async def test_the_socket_is_marked_memalloc_before_the_first_byte_is_sent() -> 
 
     async with serving() as uri:
         port = int(uri.rpartition(":")[2])
-        async with await NbdClient.open(connector) as disk:
+        async with await NbdClient.open(connector, dead_after=0) as disk:
             await disk.flush()
     assert log[:3] == ["memalloc True", "reserve for 64 * 65536", "write"]
 

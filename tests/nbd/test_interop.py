@@ -233,7 +233,7 @@ async def test_replies_that_overtake_each_other_find_their_requests(tmp_path: Pa
 
 async def test_a_server_that_is_too_slow_is_a_timeout(tmp_path: Path) -> None:
     slow = nbdkit(tmp_path, "--filter=delay", "memory", "4M", "rdelay=20")
-    async with slow as (uri, _), nbd.connect(uri, request_timeout=0.1) as disk:
+    async with slow as (uri, _), nbd.connect(uri, request_timeout=0.1, dead_after=0) as disk:
         with pytest.raises(TimeoutError, match=r"no reply .* within 0.1 s"):
             await disk.pread(512, 0)
 
@@ -254,7 +254,7 @@ async def test_block_sizes_are_kept_so_that_a_strict_server_has_no_complaint(tmp
 
 async def test_a_server_killed_amid_a_copy_is_a_clear_error_at_once(tmp_path: Path) -> None:
     slow = nbdkit(tmp_path, "--filter=delay", "memory", str(SIZE), "wdelay=2ms")
-    async with slow as (uri, server), nbd.connect(uri) as disk:
+    async with slow as (uri, server), nbd.connect(uri, dead_after=0) as disk:
 
         def strike(done: int, total: int) -> None:
             if done > total // 4:

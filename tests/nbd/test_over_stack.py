@@ -62,7 +62,7 @@ async def test_a_disk_is_copied_both_ways_and_compares_equal(netns: Namespace) -
 async def test_a_server_that_goes_away_is_a_clear_error_at_once(netns: Namespace) -> None:
     async with (
         stack_and_server(netns, 32 * MIB) as (stack, server, uri),
-        nbd.connect(uri, create_connection=stack.create_connection) as disk,
+        nbd.connect(uri, create_connection=stack.create_connection, dead_after=0) as disk,
     ):
         copying = asyncio.create_task(copy(MemoryDisk(bytearray(32 * MIB)), disk))
         await disk.flush()

@@ -151,7 +151,7 @@ async def test_a_socket_that_is_bound_already_is_as_good() -> None:
 async def test_closing_the_server_drops_its_clients() -> None:
     server = NbdServer([MemoryExport(MIB)])
     port = await server.listen_tcp()
-    async with nbd.connect(f"nbd://127.0.0.1:{port}/") as disk:
+    async with nbd.connect(f"nbd://127.0.0.1:{port}/", dead_after=0) as disk:
         await disk.flush()
         await server.close()
         with pytest.raises(ConnectionError):

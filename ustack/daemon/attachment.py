@@ -1,6 +1,7 @@
 """An NBD export that the daemon keeps attached: it connects, tries again with back-off, and says how things are.
 
-What a lost connection had in flight has failed; nothing is replayed here.
+Requests survive a lost connection (`ustack.nbd.session`); only after `dead_after`, or when the export has changed, they fail,
+and the export is attached anew.
 """
 
 from __future__ import annotations
@@ -26,23 +27,7 @@ BACKOFF_FIRST: Final = 0.5
 BACKOFF_MAX: Final = 30.0
 """Seconds between attempts at most."""
 
-HEARTBEAT: Final = 10.0
-"""Seconds between two reads of a block, by which a server that died without a word is noticed."""
-
 log = logging.getLogger("ustack")
-
-
-async def _wait_lost(disk: NbdClient) -> OSError:
-    """Wait until the connection of `disk` is gone, and return why."""
-    lost = asyncio.ensure_future(disk.wait_lost())
-    try:
-        while not lost.done():
-            await asyncio.wait([lost], timeout=HEARTBEAT)
-            with contextlib.suppress(OSError):  # a block that cannot be read is no lost connection
-                await disk.pread(min(disk.minimum_block, disk.size), 0)
-        return lost.result()
-    finally:
-        lost.cancel()
 
 
 class Attachment:
@@ -71,6 +56,7 @@ class Attachment:
             "since": self._loop.time() - self._since,
             "size": self.client.size if self.client is not None else None,
             "error": self.error,
+            "counters": self.client.counters() if self.client is not None else {},
         }
 
     async def close(self) -> None:
@@ -92,7 +78,12 @@ class Attachment:
         while True:
             try:
                 self.client = await NbdClient.open(
-                    connector, uri.export, queue_depth=self.config.requests, request_size=self.config.request_size
+                    connector,
+                    uri.export,
+                    queue_depth=self.config.requests,
+                    request_size=self.config.request_size,
+                    dead_after=self.config.dead_after or None,
+                    on_event=self._on_event,
                 )
             except OSError as error:
                 self._enter(self.state, str(error.strerror or error))
@@ -104,12 +95,21 @@ class Attachment:
             self._enter("attached")
             log.info("nbd %s: attached, %d bytes", self.config.name, self.client.size)
             try:
-                reason = await _wait_lost(self.client)
+                await self.client.wait_lost()
             finally:
                 client, self.client = self.client, None
                 await client.close()
-            self._enter("lost", str(reason.strerror or reason))
-            log.error("nbd %s: lost: %s", self.config.name, self.error)
+
+    def _on_event(self, event: str, reason: OSError | None) -> None:
+        text = str(reason.strerror or reason) if reason is not None else ""
+        if event == "attached":
+            self._enter("attached")
+            log.info("nbd %s: attached again", self.config.name)
+        elif event == "data lost":
+            log.critical("nbd %s: %s", self.config.name, text)
+        else:
+            self._enter("lost", text)
+            log.error("nbd %s: %s: %s", self.config.name, event, text)
 
     async def _create_connection(self, factory: Any, host: str, port: int) -> tuple[Any, Any]:
         return await self._stack.create_connection(factory, host, port, memalloc=True)

@@ -190,6 +190,8 @@ class Nbd(Section):
     """Requests in flight."""
     request_size: Annotated[int, BeforeValidator(as_size), Field(ge=512, le=32 << 20)] = 64 << 10
     """Bytes of data of one request, for which the reserve is made; of larger ones fewer are in flight."""
+    dead_after: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds without an answer after which requests fail; 0: never, callers wait until the server is back."""
 
 
 class Control(Section):

@@ -4,7 +4,7 @@
         data = await disk.pread(4096, 0)
 
 Calls may be made from many tasks at once; up to `queue_depth` requests are in flight and the rest wait in line. Calls larger
-than the server takes are split. What happens on trouble is in `connection.py`; nothing is retried here.
+than the server takes are split. What happens when connections are lost is in `session.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import asyncio
 import errno
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
-from ustack.nbd.connection import CLOSE_TIMEOUT, CONNECT_TIMEOUT, Buffer, Connection, ConnectionOptions, Connector
+from ustack.nbd.connection import CLOSE_TIMEOUT, Buffer, Connector
 from ustack.nbd.constants import (
     COMMAND_NAMES,
     NBD_CMD_CACHE,
@@ -26,9 +26,10 @@ from ustack.nbd.constants import (
     NBD_CMD_WRITE,
     NBD_CMD_WRITE_ZEROES,
 )
+from ustack.nbd.session import Session, SessionOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
 
     from ustack.nbd.export_info import ExportInfo
@@ -45,25 +46,22 @@ class NbdClient:
     a read-only export, EOPNOTSUPP for what the server does not offer.
     """
 
-    __slots__ = ("_call", "_connection", "info")
+    __slots__ = ("_call", "_session", "info")
 
-    def __init__(self, connection: Connection) -> None:
-        """`connection` is in the transmission phase and belongs to the client from now on."""
-        self._connection = connection
-        self._call = connection.call
-        self.info: ExportInfo = connection.info
+    def __init__(self, session: Session) -> None:
+        """`session` is open and belongs to the client from now on."""
+        self._session = session
+        self._call = session.call
+        self.info: ExportInfo = session.info
 
     @classmethod
     async def open(
-        cls,
-        connector: Connector,
-        export: str = "",
-        *,
-        connect_timeout: float | None = CONNECT_TIMEOUT,
-        **options: Unpack[ConnectionOptions],
+        cls, connector: Connector | Sequence[Connector], export: str = "", **options: Unpack[SessionOptions]
     ) -> Self:
-        """Connect with `connector` and negotiate; see `Connection.open` for arguments and errors."""
-        return cls(await Connection.open(connector, export, connect_timeout=connect_timeout, **options))
+        """Connect with `connector` and negotiate; several are ways to the same export, tried in turn, now and whenever the
+        connection is lost. See `Session.open` for options and errors."""
+        connectors = [connector] if callable(connector) else connector
+        return cls(await Session.open(connectors, export, **options))
 
     async def __aenter__(self) -> Self:
         return self
@@ -153,12 +151,28 @@ class NbdClient:
     @property
     def structured_replies(self) -> bool:
         """Structured replies were negotiated."""
-        return self._connection.structured_replies
+        return self._session.structured_replies
 
     @property
     def requests_in_flight(self) -> int:
         """Requests sent and not yet answered, including those whose callers have given up."""
-        return self._connection.requests_in_flight
+        return self._session.requests_in_flight
+
+    @property
+    def connections(self) -> int:
+        """Connections that are up now; 0 while the server is away."""
+        return self._session.connections
+
+    @property
+    def unflushed(self) -> tuple[int, int]:
+        """Writes that the server has answered and that no flush has covered yet: how many, and their bytes."""
+        return self._session.unflushed.count, self._session.unflushed.nbytes
+
+    def counters(self) -> dict[str, int]:
+        """What has happened to the connections: see `SessionCounters`."""
+        report = self._session.counters.report()
+        report["slow"] = self._session.slow_requests
+        return report
 
     # -- commands ----------------------------------------------------------------------------------------------------------
 
@@ -220,11 +234,11 @@ class NbdClient:
 
     async def close(self, grace: float = CLOSE_TIMEOUT) -> None:
         """Wait up to `grace` seconds for requests in flight, then take leave. Later calls fail with EPIPE."""
-        await self._connection.close(grace)
+        await self._session.close(grace)
 
     async def wait_lost(self) -> OSError:
-        """Wait until the connection is gone, and return the reason: what every call raises from then on."""
-        return await self._connection.wait_lost()
+        """Wait until nothing can be sent any more, and return the reason: what every call raises from then on."""
+        return await self._session.wait_lost()
 
     # -- how calls become requests -----------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from ustack.nbd.client import NbdClient
 from ustack.nbd.connection import (
     CONNECT_TIMEOUT,
     Connection,
-    ConnectionOptions,
     Connector,
     CreateConnection,
     ProtocolFactory,
@@ -21,9 +20,10 @@ from ustack.nbd.handshake import ExportDescribed, ExportListed, Purpose
 from ustack.nbd.uri import NbdUri
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from ustack.nbd.export_info import ExportInfo
+    from ustack.nbd.session import SessionOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +58,20 @@ def connector_for(uri: NbdUri, create_connection: CreateConnection | None = None
 
 @asynccontextmanager
 async def connect(
-    uri: str | NbdUri,
+    uri: str | NbdUri | Sequence[str | NbdUri],
     *,
     create_connection: CreateConnection | None = None,
-    connect_timeout: float | None = CONNECT_TIMEOUT,
-    **options: Unpack[ConnectionOptions],
+    **options: Unpack[SessionOptions],
 ) -> AsyncIterator[NbdClient]:
-    """The export at `uri` as a disk, for `async with`. `options` are those of `NbdClient.open`, and so are the errors; a
-    malformed URI is a ValueError."""
-    parsed = NbdUri.parse(uri) if isinstance(uri, str) else uri
-    async with await NbdClient.open(
-        connector_for(parsed, create_connection), parsed.export, connect_timeout=connect_timeout, **options
-    ) as disk:
+    """The export at `uri` as a disk, for `async with`. Several URIs are several ways to the same export, tried in turn
+    (fail-over); they must name the export alike. `options` are those of `NbdClient.open`, and so are the errors; a malformed
+    URI is a ValueError."""
+    uris = [uri] if isinstance(uri, str | NbdUri) else uri
+    parsed = [NbdUri.parse(each) if isinstance(each, str) else each for each in uris]
+    if len({each.export for each in parsed}) != 1:
+        raise ValueError("fail-over needs one or more URIs of the same export")
+    connectors = [connector_for(each, create_connection) for each in parsed]
+    async with await NbdClient.open(connectors, parsed[0].export, **options) as disk:
         yield disk
 
 

@@ -94,7 +94,7 @@ class ClientTransmission(Generic[R]):
 
     `in_flight` maps cookies to requests, oldest first. Cookies are never used twice on a connection, so a late or doubled reply
     is always recognised. `completed` has the requests that are answered, in the order of their last reply; the caller takes
-    them out.
+    them out. `received` counts the bytes that came.
     """
 
     __slots__ = (
@@ -110,6 +110,7 @@ class ClientTransmission(Generic[R]):
         "_view",
         "completed",
         "in_flight",
+        "received",
     )
 
     def __init__(self, structured_replies: bool) -> None:
@@ -117,6 +118,7 @@ class ClientTransmission(Generic[R]):
         self._next_cookie = 1
         self.in_flight: dict[int, R] = {}
         self.completed: list[R] = []
+        self.received = 0
         self._buffer = bytearray(RECEIVE_BUFFER)
         self._view = memoryview(self._buffer)
         self._end = 0  # bytes of an unfinished header or error chunk at the start of the buffer
@@ -133,6 +135,9 @@ class ClientTransmission(Generic[R]):
         cookie = self._next_cookie
         self._next_cookie = cookie + 1
         request.cookie = cookie
+        # It may have been in flight on a connection that was lost amid the reply.
+        request.error = request.filled = 0
+        request.extents = None
         self.in_flight[cookie] = request
         return _REQUEST.pack(NBD_REQUEST_MAGIC, request.flags, request.command, cookie, request.offset, request.length)
 
@@ -145,6 +150,13 @@ class ClientTransmission(Generic[R]):
         request.view = None
         if self._current is request:
             self._target = None
+
+    def end(self) -> list[R]:
+        """No more bytes will come: gives back what is unanswered, oldest first, and touches its memory no more."""
+        unanswered = list(self.in_flight.values())
+        self.in_flight.clear()
+        self._current = self._target = None
+        return unanswered
 
     # -- replies -------------------------------------------------------------------------------------------------------------
 
@@ -165,6 +177,7 @@ class ClientTransmission(Generic[R]):
     def buffer_updated(self, nbytes: int) -> None:
         """`nbytes` bytes have arrived in the last buffer. Requests that they complete are appended to `completed`, also when an
         NbdProtocolError ends the parsing behind them."""
+        self.received += nbytes
         if self._direct:
             self._direct = False
             self._remaining -= nbytes

@@ -145,15 +145,14 @@ def on_keepalive_timer(conn: Connection) -> None:
     config = conn.tcp.config
     timers = conn.tcp.env.timers
     now = timers.now
-    idle = now - conn.last_received
     wanted = options.keepidle or config.keepalive_time
     keepcnt = options.keepcnt or config.keepalive_probes
     if conn.inflight.segments or conn.snd_nxt < conn.send_queue.end:
         timers.set(conn.keepalive_timer, now + wanted)  # the retransmission timer watches the peer meanwhile
-    elif idle < wanted:
+    elif now < (due := conn.last_received + wanted):  # the sum that the timer is set to: a difference is rounded otherwise
         conn.probes = 0
-        timers.set(conn.keepalive_timer, conn.last_received + wanted)
-    elif idle >= options.user_timeout if options.user_timeout and conn.probes else conn.probes >= keepcnt:
+        timers.set(conn.keepalive_timer, due)
+    elif now - conn.last_received >= options.user_timeout if options.user_timeout and conn.probes else conn.probes >= keepcnt:
         conn.tcp.env.mib.TcpExtTCPAbortOnTimeout += 1
         conn.abort(conn.soft_error or errno.ETIMEDOUT)
     else:
