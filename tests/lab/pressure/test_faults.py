@@ -75,7 +75,7 @@ def fault(**keys: object) -> str:
     return "\n".join(["[[fault]]", 'kind = "allocation"', *lines, ""])
 
 
-SEEN_HERE = sorted(SITES.keys() - {"rx_ring", "fragment", "icmp_receive", "tcp_receive"})
+SEEN_HERE = sorted(SITES.keys() - {"rx_ring", "icmp_receive", "tcp_receive"})
 
 
 @pytest.mark.parametrize("site", SEEN_HERE)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket as names
 from functools import lru_cache
 from random import Random
 from typing import TYPE_CHECKING, Final
@@ -41,7 +42,13 @@ if TYPE_CHECKING:
     from ustack.socket import Socket
 
 PEER_MEMORY: Final = 4 << 20
-"""Bytes of packet memory of the peer, which nobody makes short."""
+"""Bytes of packet memory of the peer, beside what its senders need: nobody makes it short."""
+
+SENDER_SNDBUF: Final = 16384
+"""Send limit of each sender (SO_SNDBUF) before doubling."""
+
+SENDER_MEMORY: Final = 4 * SENDER_SNDBUF
+"""Bytes of packet memory that the peer has for each sender."""
 
 PEER_MAC: Final = bytes((2, 0, 0, 0, 0, 1))
 SUBJECT_MAC: Final = bytes((2, 0, 0, 0, 0, 2))
@@ -102,7 +109,8 @@ class VirtualPeer:
         self._world = world
         self._scenario = scenario
         self._random = Random(world.random.getrandbits(64))
-        peers = KmallocPool(PageAllocator(Arena(PEER_MEMORY >> PAGE_SHIFT)))
+        senders = sum(each.count for each in scenario.traffic if isinstance(each, TcpBlocked))
+        peers = KmallocPool(PageAllocator(Arena((PEER_MEMORY + senders * SENDER_MEMORY) >> PAGE_SHIFT)))
         self.stack = Stack(pool=peers, reserve=0, random=Random(world.random.getrandbits(64)))
         self._wire = wire
         self._mac = device.mac
@@ -249,6 +257,7 @@ class _Sender:
         self._write = traffic.write
         self._random = random
         self._sock: Socket | None = stack.socket()
+        self._sock.setsockopt(names.SOL_SOCKET, names.SO_SNDBUF, SENDER_SNDBUF)
         with contextlib.suppress(BlockingIOError):
             self._sock.connect_nowait((ADDRESS, port))
         self._sock.watch(self._go_on)
