@@ -60,6 +60,8 @@ NOWHERE: Final = "nothing yet"
 
 INT_MIN: Final = -(1 << 31)
 INT_MAX: Final = (1 << 31) - 1
+VALUES_OF_BYTES: Final = {"SO_LINGER": "two ints", "TCP_CONGESTION": "a name", "SO_MAX_PACING_RATE": "any"}
+"""What is written to options whose value is not an int."""
 
 OPTIONS: Final = {
     "SOL_SOCKET": {
@@ -82,8 +84,13 @@ OPTIONS: Final = {
         "SO_DOMAIN": "AF_INET.",
         "SO_PROTOCOL": "IPPROTO_TCP or IPPROTO_UDP.",
         "SO_ACCEPTCONN": "Whether the socket listens.",
+        "SO_MAX_PACING_RATE": "Bytes per second that a stream sends at most, by pacing; 4 or 8 bytes, all ones for no limit.",
     },
     "IPPROTO_TCP": {
+        "TCP_CONGESTION": "The congestion control by name: `reno` (or `newreno`), `cubic`, `bbr`; ENOENT for another. Before"
+        " there is a connection it is what the next one gets; else it takes over the window as it is.",
+        "TCP_INFO": "The inner state of the connection as struct tcp_info, up to `tcpi_total_retrans`. `Socket.tcp_info` gives"
+        " a dict with these and all later fields, and the name of the congestion control.",
         "TCP_NODELAY": "Small segments do not wait for the acknowledgment of earlier ones (Nagle). Setting it sends what"
         " waits.",
         "TCP_CORK": "The last segment waits until it is full, or until this is cleared; without the limit of 200 ms that"
@@ -309,7 +316,7 @@ def _asked(stream: Socket, datagram: Socket, level_name: str, option_name: str) 
     if (level, option) not in SETTERS:
         return "to be read only", at_first
     if isinstance(stream.getsockopt(level, option), bytes):
-        return "two ints", at_first
+        return VALUES_OF_BYTES[option_name], at_first
     lowest, highest = _range(stream, level, option)
     if (lowest, highest) != (INT_MIN, INT_MAX):
         return f"{lowest} to {highest}", at_first
@@ -319,7 +326,13 @@ def _asked(stream: Socket, datagram: Socket, level_name: str, option_name: str) 
 
 
 def _first(value: int | bytes) -> str:
-    return "off" if isinstance(value, bytes) else str(value)
+    """A value as the page has it: a name as it is, a structure as "off", a number of 8 bytes as one."""
+    if isinstance(value, int):
+        return str(value)
+    name = value.rstrip(b"\0")
+    if name.isalpha() and len(value) > len(name):
+        return name.decode()
+    return "no limit" if value == b"\xff" * len(value) else "off"
 
 
 def _range(sock: Socket, level: int, option: int) -> tuple[int, int]:

@@ -43,6 +43,9 @@ class Mib:
         "TcpExtTCPAbortOnMemory",
         "TcpExtTCPAbortOnTimeout",
         "TcpExtTCPChallengeACK",
+        "TcpExtTCPDSACKOldSent",
+        "TcpExtTCPDSACKRecv",
+        "TcpExtTCPDSACKUndo",
         "TcpExtTCPDeferAcceptDrop",
         "TcpExtTCPFastOpenActive",
         "TcpExtTCPFastOpenActiveFail",
@@ -51,18 +54,27 @@ class Mib:
         "TcpExtTCPFastOpenPassive",
         "TcpExtTCPFastOpenPassiveFail",
         "TcpExtTCPFastRetrans",
+        "TcpExtTCPFullUndo",
         "TcpExtTCPHPHits",
         "TcpExtTCPKeepAlive",
+        "TcpExtTCPLossProbeRecovery",
+        "TcpExtTCPLossProbes",
+        "TcpExtTCPLossUndo",
+        "TcpExtTCPLostRetransmit",
         "TcpExtTCPMemoryPressures",
         "TcpExtTCPMemoryPressuresChrono",
         "TcpExtTCPOFODrop",
         "TcpExtTCPOFOQueue",
+        "TcpExtTCPPartialUndo",
         "TcpExtTCPRcvCollapsed",
         "TcpExtTCPRcvQDrop",
         "TcpExtTCPRenoRecovery",
         "TcpExtTCPReqQFullDoCookies",
         "TcpExtTCPReqQFullDrop",
+        "TcpExtTCPSACKReneging",
+        "TcpExtTCPSACKReorder",
         "TcpExtTCPSackRecovery",
+        "TcpExtTCPSpuriousRTOs",
         "TcpExtTCPTimeouts",
         "TcpExtTCPWinProbe",
         "TcpExtTW",
@@ -149,6 +161,12 @@ class Mib:
         """Connections given up because the peer answered neither retransmissions nor probes."""
         self.TcpExtTCPChallengeACK = 0
         """Challenge ACKs sent (RFC 5961)."""
+        self.TcpExtTCPDSACKOldSent = 0
+        """Segments received again, of which the peer was told (D-SACK)."""
+        self.TcpExtTCPDSACKRecv = 0
+        """D-SACK blocks received: the peer got something twice."""
+        self.TcpExtTCPDSACKUndo = 0
+        """Reductions of the window taken back because every retransmission had been a duplicate."""
         self.TcpExtTCPDeferAcceptDrop = 0
         """ACKs without data that did not finish a handshake, because the listener waits for data (TCP_DEFER_ACCEPT)."""
         self.TcpExtTCPFastOpenActive = 0
@@ -165,10 +183,20 @@ class Mib:
         """SYNs with a Fast Open cookie that was not ours."""
         self.TcpExtTCPFastRetrans = 0
         """Segments sent again in fast recovery."""
+        self.TcpExtTCPFullUndo = 0
+        """Recoveries taken back when they were over, because timestamps or D-SACK showed that nothing had been lost."""
         self.TcpExtTCPHPHits = 0
         """Segments that header prediction matched."""
         self.TcpExtTCPKeepAlive = 0
         """Keepalive probes sent."""
+        self.TcpExtTCPLossProbeRecovery = 0
+        """Losses that a tail loss probe repaired."""
+        self.TcpExtTCPLossProbes = 0
+        """Tail loss probes sent (RFC 8985, section 7)."""
+        self.TcpExtTCPLossUndo = 0
+        """Timeouts taken back."""
+        self.TcpExtTCPLostRetransmit = 0
+        """Retransmissions found lost themselves."""
         self.TcpExtTCPMemoryPressures = 0
         """Times that TCP came under memory pressure."""
         self.TcpExtTCPMemoryPressuresChrono = 0
@@ -177,6 +205,8 @@ class Mib:
         """Segments out of order dropped because there was no room or no memory."""
         self.TcpExtTCPOFOQueue = 0
         """Segments queued out of order."""
+        self.TcpExtTCPPartialUndo = 0
+        """Recoveries taken back half-way, because an ACK was that of an original."""
         self.TcpExtTCPRcvCollapsed = 0
         """Packets of receive queues saved by copying their data together."""
         self.TcpExtTCPRcvQDrop = 0
@@ -187,8 +217,14 @@ class Mib:
         """Those of TcpExtSyncookiesSent that found the queue of half-open connections full."""
         self.TcpExtTCPReqQFullDrop = 0
         """SYNs dropped because the queue of half-open connections was full."""
+        self.TcpExtTCPSACKReneging = 0
+        """Peers that threw away what they had sacked."""
+        self.TcpExtTCPSACKReorder = 0
+        """Times that packets were seen to overtake each other."""
         self.TcpExtTCPSackRecovery = 0
         """Fast recoveries on a connection with SACK."""
+        self.TcpExtTCPSpuriousRTOs = 0
+        """Timeouts that F-RTO found to be spurious (RFC 5682)."""
         self.TcpExtTCPTimeouts = 0
         """Retransmission timeouts; those of a SYN are not counted here."""
         self.TcpExtTCPWinProbe = 0

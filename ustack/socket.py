@@ -21,6 +21,7 @@ from ustack.socket_options import GETTERS, SETTERS, TCP_INQ
 from ustack.socket_poll import readiness
 from ustack.transport.events import READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
 from ustack.transport.options import SocketOptions
+from ustack.transport.tcp.info import tcp_info
 from ustack.transport.tcp.states import State
 
 if TYPE_CHECKING:
@@ -690,6 +691,15 @@ class Socket:
         if isinstance(value, bytes):
             return value[:buflen] if buflen else value
         return value.to_bytes(4, "little", signed=True)[:buflen] if buflen else value
+
+    def tcp_info(self) -> dict[str, int | bool | str]:
+        """The inner state of the connection, by the names of Linux's struct tcp_info (TCP_INFO). Raises OSError ENOTCONN when
+        there is none.
+        """
+        self._check_open()
+        if self.stream is None:
+            raise _error(errno.ENOTCONN)
+        return tcp_info(self.stream)
 
     def take_error(self) -> int:
         """The pending errno, or 0; it is cleared by being read (SO_ERROR)."""

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Final
 
 from ustack.mem.socket import SOCK_MIN_SNDBUF
 from ustack.net.path import HOPS_DEFAULT
+from ustack.transport.tcp.congestion import CONTROLS
 from ustack.transport.tcp.connection import QUICK_ACKS
 from ustack.transport.tcp.fastopen import CLIENT
 from ustack.transport.tcp.output import ACK_NONE, push, send_ack
+from ustack.transport.tcp.pacing import update as update_pacing
+from ustack.transport.tcp.states import State
 from ustack.transport.tcp.timers import start_keepalive
 
 if TYPE_CHECKING:
@@ -23,10 +26,30 @@ if TYPE_CHECKING:
 SOCK_MIN_RCVBUF: Final = 2304
 """Bytes below which no receive limit goes."""
 
+CA_NAME_MAX: Final = 16
+"""Bytes of a congestion control's name (TCP_CA_NAME_MAX)."""
+
+UNLIMITED_32: Final = (1 << 32) - 1
+UNLIMITED_64: Final = (1 << 64) - 1
+"""What SO_MAX_PACING_RATE takes for no limit."""
+
+INFO_FIELDS: Final = (
+    *(f"tcpi_{name}" for name in ("state", "ca_state", "retransmits", "probes", "backoff", "options")),
+    *(f"tcpi_{name}" for name in ("wscales", "delivery_rate_app_limited", "rto", "ato", "snd_mss", "rcv_mss", "unacked")),
+    *(f"tcpi_{name}" for name in ("sacked", "lost", "retrans", "fackets", "last_data_sent", "last_ack_sent")),
+    *(f"tcpi_{name}" for name in ("last_data_recv", "last_ack_recv", "pmtu", "rcv_ssthresh", "rtt", "rttvar")),
+    *(f"tcpi_{name}" for name in ("snd_ssthresh", "snd_cwnd", "advmss", "reordering", "rcv_rtt", "rcv_space")),
+    "tcpi_total_retrans",
+)
+_INFO: Final = struct.Struct("=8B24I")
+
 _LINGER: Final = struct.Struct("ii")
 
 TCP_INQ: Final = 36
 """An option, and the control message that it asks for, by their number in linux/tcp.h; the socket module has no name for it."""
+
+SO_MAX_PACING_RATE: Final = 47
+"""Its number in asm-generic/socket.h."""
 
 TCP_FASTOPEN_CONNECT: Final = 30
 """Another such option."""
@@ -162,6 +185,44 @@ def _set_rcvlowat(sock: Socket, _option: int, value: int | bytes) -> None:
         conn.rcvbuf = 2 * lowat
 
 
+def _set_congestion(sock: Socket, _option: int, value: int | bytes) -> None:
+    if isinstance(value, int):
+        raise _error(errno.EINVAL)
+    name = bytes(value).split(b"\0", 1)[0].decode("ascii", "replace")
+    if name not in CONTROLS:
+        raise _error(errno.ENOENT)
+    sock.options.congestion = name
+    if sock.stream is not None:
+        sock.stream.set_congestion(name)
+
+
+def _get_congestion(sock: Socket) -> bytes:
+    name = sock.stream.cc.name if sock.stream is not None else sock.options.congestion or sock.host.tcp.config.congestion
+    return CONTROLS[name].name.encode().ljust(CA_NAME_MAX, b"\0")
+
+
+def _set_max_pacing_rate(sock: Socket, _option: int, value: int | bytes) -> None:
+    number = _unsigned(value)
+    sock.options.max_pacing_rate = 0 if number in (UNLIMITED_32, UNLIMITED_64) else max(number, 1)
+    if sock.stream is not None:
+        update_pacing(sock.stream)
+
+
+def _unsigned(value: int | bytes) -> int:
+    """A number of 4 or 8 bytes."""
+    if isinstance(value, int):
+        return value & UNLIMITED_64
+    if len(value) < 4:
+        raise _error(errno.EINVAL)
+    return int.from_bytes(value[: 8 if len(value) >= 8 else 4], "little")
+
+
+def _get_info(sock: Socket) -> bytes:
+    """As much of struct tcp_info as programs look at: the layout of linux/tcp.h up to tcpi_total_retrans."""
+    info = sock.tcp_info() if sock.stream is not None else {"tcpi_state": int(State.CLOSE)}
+    return _INFO.pack(*(int(info.get(name, 0)) for name in INFO_FIELDS))
+
+
 def _get_linger(sock: Socket) -> bytes:
     seconds = sock.options.linger
     return _LINGER.pack(seconds >= 0, max(seconds, 0))
@@ -190,6 +251,8 @@ SETTERS: Final[dict[tuple[int, int], Setter]] = {
     (names.SOL_SOCKET, names.SO_KEEPALIVE): _set_keepalive,
     (names.SOL_SOCKET, names.SO_LINGER): _set_linger,
     (names.SOL_SOCKET, names.SO_RCVLOWAT): _set_rcvlowat,
+    (names.SOL_SOCKET, SO_MAX_PACING_RATE): _set_max_pacing_rate,
+    (names.IPPROTO_TCP, names.TCP_CONGESTION): _set_congestion,
     (names.IPPROTO_TCP, names.TCP_NODELAY): _set_nodelay,
     (names.IPPROTO_TCP, names.TCP_CORK): _set_nodelay,
     (names.IPPROTO_TCP, names.TCP_MAXSEG): lambda sock, _, value: _set_within(sock, "maxseg", value, 88, 32767),
@@ -227,6 +290,9 @@ GETTERS: Final[dict[tuple[int, int], Getter]] = {
     (names.SOL_SOCKET, names.SO_LINGER): _get_linger,
     (names.SOL_SOCKET, names.SO_RCVLOWAT): lambda sock: sock.options.rcvlowat,
     (names.SOL_SOCKET, names.SO_SNDLOWAT): lambda sock: 1,
+    (names.SOL_SOCKET, SO_MAX_PACING_RATE): lambda sock: (sock.options.max_pacing_rate or UNLIMITED_64).to_bytes(8, "little"),
+    (names.IPPROTO_TCP, names.TCP_CONGESTION): _get_congestion,
+    (names.IPPROTO_TCP, names.TCP_INFO): _get_info,
     (names.IPPROTO_TCP, names.TCP_NODELAY): lambda sock: int(sock.options.nodelay),
     (names.IPPROTO_TCP, names.TCP_CORK): lambda sock: int(sock.options.cork),
     (names.IPPROTO_TCP, names.TCP_MAXSEG): lambda sock: sock.stream.mss if sock.stream else sock.options.maxseg or 536,

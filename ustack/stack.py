@@ -36,6 +36,7 @@ from ustack.skb import SkbMemory
 from ustack.socket import Socket
 from ustack.timers import Timers
 from ustack.transport.tcp.config import TcpConfig
+from ustack.transport.tcp.congestion import CONTROLS
 from ustack.transport.tcp.protocol import Tcp
 from ustack.transport.tcp.reserve_size import Link, budget, ring_pages
 from ustack.transport.udp import Udp, UdpConfig
@@ -150,16 +151,19 @@ class Stack:
         self.pump.add(device)
         return interface
 
-    def add_route(self, network: str, via: str, metric: int = 0) -> None:
+    def add_route(self, network: str, via: str, metric: int = 0, congestion: str = "") -> None:
         """Send what is for `network` ("10.1.0.0/16") to the router `via`, which must be a neighbour of ours.
+        `congestion` names the congestion control of TCP connections that take the route; empty: as configured.
 
         Raises ValueError, which says why, for a route that cannot work.
         """
+        if congestion and congestion not in CONTROLS:
+            raise ValueError(f"route {network}: {congestion!r} is no congestion control: allowed is {', '.join(CONTROLS)}")
         target = ip_network(network)
         router = ip_address(via).packed
         for interface in self.interfaces:
             if interface.on_link(router):
-                self.ip.routes.add(target.network_address.packed, target.prefixlen, interface, router, metric)
+                self.ip.routes.add(target.network_address.packed, target.prefixlen, interface, router, metric, congestion)
                 return
         raise ValueError(f"route {network} via {via}: {via} is on none of our networks")
 

@@ -310,7 +310,7 @@ async def test_ss_shows_sockets_in_the_columns_of_ss(daemon: RunningDaemon) -> N
         assert connected.splitlines()[1].split() == ["ESTAB", "0", "0", f"{OURS}:7", f"{KERNEL}:{port}"]
         detailed = (await daemon.ustack("ss", "-tmi")).stdout.decode()
         assert re.search(r"skmem:\(r\d+,rb131072,t0,tb\d+,f\d+,w\d+,o0,bl0,d0\)", detailed)
-        assert re.search(r"ts sack wscale:\d+,\d+ rto:\S+ rtt:\S+ mss:1448 pmtu:1500 cwnd:\d+", detailed)
+        assert re.search(r"ts sack cubic wscale:\d+,\d+ rto:\S+ rtt:\S+ ato:40 mss:1448 pmtu:1500 .*cwnd:\d+", detailed)
     listening = (await daemon.ustack("ss", "-l")).stdout.decode()
     assert "tcp   LISTEN 0      100    0.0.0.0:7          0.0.0.0:*" in listening
     assert "udp   UNCONN 0      0      0.0.0.0:7          0.0.0.0:*" in listening

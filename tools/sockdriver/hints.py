@@ -5,12 +5,23 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
+from ustack.transport.tcp.congestion import CONTROLS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ustack.transport.tcp.config import TcpConfig
 
-FLAGS: Final = {"timestamps": "timestamps", "sack": "sack", "window_scaling": "window_scaling"}
+FLAGS: Final = {
+    "timestamps": "timestamps",
+    "sack": "sack",
+    "window_scaling": "window_scaling",
+    "dsack": "dsack",
+    "rack": "rack",
+    "frto": "frto",
+    "early_retrans_tlp": "early_retrans",
+    "slow_start_after_idle": "slow_start_after_idle",
+}
 COUNTS: Final = {
     "syn_retries": "syn_retries",
     "synack_retries": "synack_retries",
@@ -19,6 +30,7 @@ COUNTS: Final = {
     "initial_cwnd": "initial_window",
     "syncookies": "syncookies",
     "fastopen": "fastopen",
+    "ecn": "ecn",
 }
 SECONDS: Final = {"fin_timeout": "fin_timeout", "keepalive_time": "keepalive_time", "keepalive_intvl": "keepalive_intvl"}
 TRIPLES: Final = {
@@ -30,7 +42,7 @@ TRIPLES: Final = {
 TRUESIZE: Final = 2
 """Bytes of truesize for a byte of `rcvbuf` or `sndbuf`, which mean data: the allowance that SO_RCVBUF makes (socket(7))."""
 
-SYSCTLS: Final = frozenset({"orphan_retries", "max_tw_buckets", "max_syn_backlog", "challenge_ack_limit"})
+SYSCTLS: Final = frozenset({"orphan_retries", "max_tw_buckets", "max_syn_backlog", "challenge_ack_limit", "reordering"})
 """Sysctls net.ipv4.tcp_* without a hint, whose fields have the same name and unit."""
 
 log: Final = logging.getLogger(__name__)
@@ -64,6 +76,10 @@ def _apply_hint(config: TcpConfig, name: str, value: Any) -> bool:
     elif name in TRIPLES:
         for field, number in zip(TRIPLES[name], [int(each) for each in value], strict=True):
             setattr(config, field, number)
+    elif name == "congestion_control":
+        if value not in CONTROLS:
+            return False
+        config.congestion = str(value)
     elif name == "rcvbuf":
         config.rmem_default = TRUESIZE * int(value)
         config.rmem_max = max(config.rmem_max, config.rmem_default)

@@ -26,7 +26,14 @@ def bench() -> None:
 @click.option("--offload/--no-offload", default=True, show_default=True, help="Checksum offload and super-frames.")
 @click.option("--pool", metavar="NAME", default="kmalloc", show_default=True, help="Allocator of packet memory.")
 @click.option("--memory", type=Size(), default="64M", show_default=True, help="Packet memory.")
-def serve(tap: str, address: str, mode: str, offload: bool, pool: str, memory: int) -> None:
+@click.option(
+    "--congestion",
+    type=click.Choice(["reno", "cubic", "bbr"]),
+    default="cubic",
+    show_default=True,
+    help="Congestion control.",
+)
+def serve(tap: str, address: str, mode: str, offload: bool, pool: str, memory: int, congestion: str) -> None:
     """Serve TCP and UDP echo on port 7, TCP discard on 9 and TCP chargen on 19, until interrupted."""
     import gc
 
@@ -34,9 +41,10 @@ def serve(tap: str, address: str, mode: str, offload: bool, pool: str, memory: i
 
     from ustack.link.tap import TapDevice
     from ustack.stack import Stack
+    from ustack.transport.tcp.config import TcpConfig
 
     try:
-        stack = Stack(memory=memory, pool=pool)
+        stack = Stack(memory=memory, pool=pool, tcp=TcpConfig(congestion=congestion))
         stack.add_interface(TapDevice(tap, mode=mode, offload=offload), address)
     except KeyError as error:
         raise click.UsageError(error.args[0]) from None

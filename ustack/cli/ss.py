@@ -90,16 +90,47 @@ def _memory(memory: dict[str, Any]) -> str:
 
 
 def _info(tcp: dict[str, Any]) -> str:
-    words = [name for name, wanted in (("ts", tcp["timestamps"]), ("sack", tcp["sack"])) if wanted]
-    words.append("wscale:{},{}".format(*tcp["wscale"]))
-    words.append(f"rto:{tcp['rto'] * 1000:g}")
+    """The words of iproute2's `ss -i`, in its order."""
+    info = tcp["info"]
+    flags = (("ts", tcp["timestamps"]), ("sack", tcp["sack"]), ("ecn", info["tcpi_options"] & 8))
+    words = [name for name, wanted in flags if wanted]
+    words += [info["congestion"], "wscale:{},{}".format(*tcp["wscale"]), f"rto:{tcp['rto'] * 1000:g}"]
+    if tcp["backoff"]:
+        words.append(f"backoff:{tcp['backoff']}")
     if tcp["rtt"]:
         words.append(f"rtt:{tcp['rtt'] * 1000:.3f}/{tcp['rttvar'] * 1000:.3f}")
-    words += [f"mss:{tcp['mss']}", f"pmtu:{tcp['pmtu']}", f"cwnd:{tcp['cwnd']}"]
+    words += [f"ato:{info['tcpi_ato'] // 1000}", f"mss:{tcp['mss']}", f"pmtu:{tcp['pmtu']}"]
+    words += [f"rcvmss:{info['tcpi_rcv_mss']}", f"advmss:{info['tcpi_advmss']}", f"cwnd:{tcp['cwnd']}"]
     if tcp["ssthresh"] is not None:
         words.append(f"ssthresh:{tcp['ssthresh']}")
-    words += [f"{name}:{tcp[name]}" for name in ("bytes_acked", "bytes_received", "unacked", "lost", "backoff") if tcp[name]]
-    words += [f"snd_wnd:{tcp['snd_wnd']}", f"rcv_wnd:{tcp['rcv_wnd']}"]
+    words += _counted(info, "bytes_sent", "bytes_retrans", "bytes_acked", "bytes_received")
+    if tcp["rtt"]:
+        words.append(f"send {_rate(tcp['cwnd'] * tcp['mss'] / tcp['rtt'])}")
+    words += [f"lastsnd:{info['tcpi_last_data_sent']}", f"lastrcv:{info['tcpi_last_data_recv']}"]
+    words.append(f"lastack:{info['tcpi_last_ack_recv']}")
+    if info["tcpi_pacing_rate"]:
+        words.append(f"pacing_rate {_rate(info['tcpi_pacing_rate'])}")
+    if info["tcpi_delivery_rate"]:
+        words.append(f"delivery_rate {_rate(info['tcpi_delivery_rate'])}")
+    words += _counted(info, "delivered")
+    if info["tcpi_delivery_rate_app_limited"]:
+        words.append("app_limited")
+    words += _counted(info, "unacked")
+    if info["tcpi_retrans"] or info["tcpi_total_retrans"]:
+        words.append(f"retrans:{info['tcpi_retrans']}/{info['tcpi_total_retrans']}")
+    words += _counted(info, "lost", "sacked", "dsack_dups")
+    if info["tcpi_reordering"] != 3:
+        words.append(f"reordering:{info['tcpi_reordering']}")
+    words += _counted(info, "reord_seen", "rcv_space", "notsent_bytes")
     if tcp["rtt"]:
         words.append(f"minrtt:{tcp['minrtt'] * 1000:.3f}")
+    words += [f"snd_wnd:{tcp['snd_wnd']}", f"rcv_wnd:{tcp['rcv_wnd']}"]
     return " ".join(words)
+
+
+def _counted(info: dict[str, Any], *names: str) -> list[str]:
+    return [f"{name}:{info[f'tcpi_{name}']}" for name in names if info[f"tcpi_{name}"]]
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second * 8:.0f}bps"

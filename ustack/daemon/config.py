@@ -159,6 +159,8 @@ class Route(Section):
     """The router, which must be on the network of an address of ours."""
     metric: Annotated[int, Field(ge=0)] = 0
     """Of two routes to the same network the one with the lower metric is taken."""
+    congestion: Literal["", "reno", "newreno", "cubic", "bbr"] = ""
+    """Congestion control of TCP connections that take the route, unless the socket names one; empty: that of `[tcp]`."""
 
 
 class Memory(Section):
@@ -214,6 +216,11 @@ class Service(Section):
     """TCP port 19: bytes without end (RFC 864)."""
 
 
+CongestionName = Literal["reno", "newreno", "cubic", "bbr"]
+SWITCHES: Final = frozenset({"ecn", "syncookies", "fastopen"})
+"""Settings of which 0 means off."""
+
+
 def _section_of(settings: type, name: str, doc: str) -> type[Section]:
     """A section with the fields and defaults of the dataclass `settings`, whose docstrings are the documentation."""
     hints = get_type_hints(settings)
@@ -223,6 +230,10 @@ def _section_of(settings: type, name: str, doc: str) -> type[Section]:
         kind: Any = hints[field.name]
         if kind is bool:
             pass
+        elif field.name == "congestion":
+            kind = CongestionName
+        elif field.name in SWITCHES:
+            kind = Annotated[int, Field(ge=0)]
         elif "mem_" in field.name:
             kind = Annotated[int, BeforeValidator(as_size), Field(ge=bool(field.default))]  # 0 stays 0: by the memory
         elif kind is float:

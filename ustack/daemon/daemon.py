@@ -113,7 +113,7 @@ class Daemon:
         try:
             stack.add_interface(self._open_tap(), config.address[0].address, config.address[0].gateway)
             for route in config.route:
-                stack.add_route(route.network, route.via, route.metric)
+                stack.add_route(route.network, route.via, route.metric, route.congestion)
         except ValueError as error:
             stack.close()
             raise ConfigError([f"{self.path}: {error}"]) from None
@@ -198,7 +198,7 @@ class Daemon:
                 self._remove_route(route)
         for route in new.route:
             if route not in old.route:
-                stack.add_route(route.network, route.via, route.metric)
+                stack.add_route(route.network, route.via, route.metric, route.congestion)
         await self._services.set(**new.service.model_dump())
         for nbd in old.nbd:
             if nbd not in new.nbd:

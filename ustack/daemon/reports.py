@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pools.arena import PAGE_SHIFT
 from ustack.net.neighbour import STATE_NAMES
 from ustack.transport.tcp.connection import Connection
+from ustack.transport.tcp.info import tcp_info
 
 if TYPE_CHECKING:
     from ustack.mem.protocol import ProtocolMemory
@@ -205,6 +206,7 @@ def _connection(conn: Connection) -> dict[str, Any]:
             "backoff": conn.rtt.backoff_shift,
             "unacked": conn.snd_nxt - conn.snd_una,
             "lost": conn.inflight.lost,
+            "info": tcp_info(conn),
         },
     }
 

@@ -273,6 +273,7 @@ class Ipv4(IpLayer):
             raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
         neighbour = interface.neighbours.lookup(next_hop)
         path = Path(self.env, interface, neighbour, source, dst, broadcast=False)
+        path.congestion = route.congestion
         neighbour.paths.append(path)
         return self._known_pmtu(path)
 

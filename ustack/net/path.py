@@ -60,7 +60,8 @@ class Path:
     forgotten. `hop_limit` is for packets that do not say how far they may go. `pseudo` is the sum of the addresses as the
     pseudo-header has them. `obsolete` means that the path still works as far as is known, but routes or addresses have changed:
     look it up again. `tso` says whether `send` takes a `gso_size`; `broadcast` that `dst` is a broadcast address (never a
-    group's). Who sees that packets arrive says so with `neighbour.confirm()`.
+    group's); `congestion` names the route's congestion control, if it has one. Who sees that packets arrive says so with
+    `neighbour.confirm()`.
     """
 
     __slots__ = (
@@ -74,6 +75,7 @@ class Path:
         "_sum",
         "_view",
         "broadcast",
+        "congestion",
         "device",
         "dst",
         "head",
@@ -101,6 +103,7 @@ class Path:
         self._link_mtu = device.mtu
         self.hop_limit = HOPS_DEFAULT
         self.obsolete = False
+        self.congestion = ""
         self.tso = bool(device.features & FEATURE_TSO)
         if self.version == 4:
             self.l4 = L4

@@ -22,22 +22,27 @@ class Route:
     """A route to `network` (packed) of `prefix_len` bits through `interface`; `via` is the gateway, None for what is on the
     link.
 
-    Of two routes to the same network the one with the lower `metric` is taken.
+    Of two routes to the same network the one with the lower `metric` is taken. `congestion` names the congestion control of
+    connections that take it, unless the socket names one; empty: as configured.
     """
 
-    __slots__ = ("interface", "metric", "network", "prefix_len", "via")
+    __slots__ = ("congestion", "interface", "metric", "network", "prefix_len", "via")
 
-    def __init__(self, network: bytes, prefix_len: int, interface: Interface, via: bytes | None, metric: int) -> None:
+    def __init__(
+        self, network: bytes, prefix_len: int, interface: Interface, via: bytes | None, metric: int, congestion: str = ""
+    ) -> None:
         self.network = network
         self.prefix_len = prefix_len
         self.interface = interface
         self.via = via
         self.metric = metric
+        self.congestion = congestion
 
     def __str__(self) -> str:
         via = f" via {addresses.text(self.via)}" if self.via is not None else ""
         network = f"{addresses.text(self.network)}/{self.prefix_len}"
-        return f"{network}{via} dev {self.interface.device.name} metric {self.metric}"
+        congestion = f" congctl {self.congestion}" if self.congestion else ""
+        return f"{network}{via} dev {self.interface.device.name} metric {self.metric}{congestion}"
 
 
 class RouteTable:
@@ -53,7 +58,15 @@ class RouteTable:
     def __iter__(self) -> Iterator[Route]:
         return (route for networks in self._by_length.values() for routes in networks.values() for route in routes)
 
-    def add(self, network: bytes, prefix_len: int, interface: Interface, via: bytes | None = None, metric: int = 0) -> Route:
+    def add(
+        self,
+        network: bytes,
+        prefix_len: int,
+        interface: Interface,
+        via: bytes | None = None,
+        metric: int = 0,
+        congestion: str = "",
+    ) -> Route:
         """Add a route; the default route is `0.0.0.0/0` or `::/0`. Raises ValueError that says what is wrong with it."""
         bits = self._bits
         if len(network) << 3 != bits:
@@ -75,7 +88,7 @@ class RouteTable:
             # Of IPv6 there may be several, one for each router that offers itself (RFC 4861, section 6.3.6).
             if other.metric == metric and (bits == IPV4_BITS or (other.via == via and other.interface is interface)):
                 raise ValueError(f"there is a route with that metric already: {other}")
-        route = Route(network, prefix_len, interface, via, metric)
+        route = Route(network, prefix_len, interface, via, metric, congestion)
         if prefix_len not in self._by_length:
             self._by_length[prefix_len] = {}
             self._by_length = dict(sorted(self._by_length.items(), reverse=True))

@@ -39,6 +39,10 @@ class SocketOptions:
     """Seconds that sent data may stay unacknowledged (TCP_USER_TIMEOUT, RFC 5482); 0: as configured."""
     syncnt: int = 0
     """SYN retransmissions (TCP_SYNCNT); 0: as configured."""
+    congestion: str = ""
+    """Congestion control (TCP_CONGESTION); empty: that of the route, or as configured."""
+    max_pacing_rate: int = 0
+    """Bytes per second at most (SO_MAX_PACING_RATE); 0: no limit."""
     tos: int = 0
     """Type of service, or traffic class (IP_TOS, IPV6_TCLASS)."""
     ttl: int = 0

@@ -51,7 +51,7 @@ def check_connection(conn: Connection) -> None:
     elif conn.synchronized:
         assert conn.snd_una == conn.snd_nxt
     assert conn.inflight.in_flight() >= 0
-    assert conn.cc.cwnd >= conn.mss
+    assert conn.cc.cwnd > 0
     send_queue = conn.send_queue
     assert send_queue.start <= send_queue.end
     if conn.synchronized:

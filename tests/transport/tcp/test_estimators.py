@@ -15,6 +15,7 @@ from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.tcp.congestion.newreno import NewReno
 from ustack.transport.tcp.isn import IsnGenerator
 from ustack.transport.tcp.rtt import RttEstimator
+from ustack.transport.tcp.sample import AckSample
 
 # -- RTT (RFC 6298) --
 
@@ -77,10 +78,17 @@ def test_the_timeout_stays_in_its_bounds(samples: list[float]) -> None:
 # -- NewReno (RFC 5681) --
 
 
+def delivered(size: int) -> AckSample:
+    """An ACK of `size` bytes."""
+    sample = AckSample()
+    sample.delivered = size
+    return sample
+
+
 def test_slow_start_grows_by_what_is_acknowledged() -> None:
     reno = NewReno(1000, 10)
     assert (reno.cwnd, reno.ssthresh) == (10_000, maxsize)
-    reno.on_ack(4000)
+    reno.on_ack(delivered(4000))
     assert reno.cwnd == 14_000
 
 
@@ -88,33 +96,37 @@ def test_congestion_avoidance_grows_by_a_segment_each_round_trip() -> None:
     reno = NewReno(1000, 10)
     reno.ssthresh = 10_000
     for _ in range(10):
-        reno.on_ack(1000)
+        reno.on_ack(delivered(1000))
     assert reno.cwnd == 11_000
     for _ in range(11):
-        reno.on_ack(1000)
+        reno.on_ack(delivered(1000))
     assert reno.cwnd == 12_000
 
 
 def test_slow_start_ends_at_the_threshold_and_the_rest_counts_for_avoidance() -> None:
     reno = NewReno(1000, 10)
     reno.ssthresh = 10_500
-    reno.on_ack(1000)
+    reno.on_ack(delivered(1000))
     assert reno.cwnd == 10_500
 
 
 def test_a_loss_halves_what_was_in_flight() -> None:
     """Equation 4."""
     reno = NewReno(1000, 10)
-    reno.on_loss(8000)
-    assert (reno.cwnd, reno.ssthresh) == (4000, 4000)
-    reno.on_loss(1000)
+    reno.on_congestion(8000)
+    assert reno.ssthresh == 4000
+    reno.on_congestion(1000)
     assert reno.ssthresh == 2000
 
 
-def test_a_timeout_goes_back_to_one_segment() -> None:
-    reno = NewReno(1000, 10)
-    reno.on_timeout(8000)
-    assert (reno.cwnd, reno.ssthresh) == (1000, 4000)
+def test_after_a_timeout_only_what_was_sent_since_counts() -> None:
+    """RFC 3465, section 2.3: a cumulative ACK tells of more than the one segment that left."""
+    reno = NewReno(1000, 1)
+    sample = delivered(9000)
+    sample.after_timeout = True
+    sample.fresh = 1000
+    reno.on_ack(sample)
+    assert reno.cwnd == 2000
 
 
 # -- initial sequence numbers (RFC 6528) --

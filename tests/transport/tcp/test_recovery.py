@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ustack.transport.tcp.config import TcpConfig
-from ustack.transport.tcp.recovery import Phase
+from ustack.transport.tcp.phase import Phase
 from ustack.transport.tcp.states import State
 from ustack.wire.tcp import ACK, FIN, PSH, SYN
 
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from tests.transport.tcp.peer import Peer, User
 
 MSS = 1460
+
+
+@pytest.fixture
+def peer(make_peer: Callable[..., Peer]) -> Peer:
+    """A peer of a stack that counts duplicates, as before RACK, with Reno's window. What RACK does is in `test_rack`."""
+    return make_peer(config=TcpConfig(congestion="reno", rack=False, early_retrans=False, frto=False))
 
 
 def ten_out(peer: Peer, **options: bool) -> User:
@@ -66,7 +72,10 @@ def test_a_partial_ack_sends_the_next_hole(peer: Peer) -> None:
     peer.expects(ACK, seq=nth(7), length=MSS)
     peer.sends(ACK, ack=nth(10))
     peer.expects_nothing()
-    assert user.conn.recovery.phase is Phase.OPEN
+    user.sends(100)
+    peer.expects(ACK, seq=nth(10), length=100)
+    peer.sends(ACK)
+    assert user.conn.recovery.phase is Phase.OPEN, "something beyond is acknowledged (section 4)"
 
 
 def test_recovery_halves_the_window_once(peer: Peer) -> None:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 HALF: Final = 1 << 31
 
+MARKED: Final = 0x100
+"""Among the flags of an arriving segment: a router has met congestion (CE, RFC 3168, section 5)."""
+
 
 def unwrap(wire: int, near: int) -> int:
     """The sequence number that is `wire` modulo 2**32 and closest to `near`."""

@@ -78,6 +78,26 @@ class TcpConfig:
     """Retransmission timeout in seconds at most, and time between window probes (TCP_RTO_MAX; RFC 6298 allows any maximum of at
     least 60).
     """
+    congestion: str = "cubic"
+    """Congestion control of sockets and routes that name none (tcp_congestion_control): `reno` or `newreno`, `cubic`, `bbr`."""
+    ecn: int = 2
+    """Explicit congestion notification (tcp_ecn; RFC 3168): 0 never, 1 ask for it, 2 when the peer asks."""
+    rack: bool = True
+    """Find losses by time (tcp_recovery; RFC 8985), else by counting what was sacked (RFC 6675)."""
+    early_retrans: bool = True
+    """Send tail loss probes (tcp_early_retrans; RFC 8985, section 7)."""
+    frto: bool = True
+    """After a timeout find out whether it was spurious (tcp_frto; RFC 5682)."""
+    dsack: bool = True
+    """Report what arrived twice (tcp_dsack; RFC 2883)."""
+    reordering: int = 3
+    """Segments by which packets overtake each other, as long as nothing is known of the path (tcp_reordering); so many
+    duplicate ACKs mean a loss.
+    """
+    slow_start_after_idle: bool = True
+    """Start again from the initial window after a pause of a retransmission timeout (tcp_slow_start_after_idle; RFC 5681,
+    section 4.1).
+    """
     initial_window: int = 10
     """Segments of the initial congestion window (RFC 6928)."""
     challenge_ack_limit: int = 1000

@@ -16,9 +16,12 @@ from ustack.link.device import ETH_HLEN
 from ustack.mem.socket import SOCK_MIN_SNDBUF, SocketMemory
 from ustack.timers import Timer
 from ustack.transport.events import ORPHAN, READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
-from ustack.transport.tcp import output, timers
-from ustack.transport.tcp.congestion.newreno import NewReno
+from ustack.transport.tcp import output, pacing, timers
+from ustack.transport.tcp.arming import TIMEOUT
+from ustack.transport.tcp.congestion import CONTROLS
+from ustack.transport.tcp.ecn import Ecn
 from ustack.transport.tcp.inflight import Inflight
+from ustack.transport.tcp.rate import DeliveryRate
 from ustack.transport.tcp.receive_queue import ReceiveQueue
 from ustack.transport.tcp.recovery import Recovery
 from ustack.transport.tcp.rtt import RttEstimator
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from ustack.transport.options import SocketOptions
     from ustack.transport.tcp.congestion.base import CongestionControl
     from ustack.transport.tcp.listener import Listener
+    from ustack.transport.tcp.pacing import Pacer
     from ustack.transport.tcp.protocol import Tcp
 
 QUICK_ACKS: Final = 16
@@ -56,10 +60,13 @@ class Connection:
     __slots__ = (
         "ack_due",
         "adv_mss",
+        "bytes_retrans",
         "cc",
         "charges",
         "deferred",
         "delack_timer",
+        "dsack_bytes",
+        "ecn",
         "error",
         "fastopen",
         "fin_seq",
@@ -80,6 +87,7 @@ class Connection:
         "mtu",
         "nagle_end",
         "options",
+        "pacer",
         "path",
         "peer_mss",
         "pending",
@@ -87,6 +95,7 @@ class Connection:
         "pingpong",
         "probes",
         "quick_acks",
+        "rate",
         "rcv_adv",
         "rcv_mss",
         "rcv_nxt",
@@ -120,10 +129,12 @@ class Connection:
         "state",
         "stray_at",
         "tcp",
+        "total_retrans",
         "ts_offset",
         "ts_ok",
         "ts_recent",
         "ts_recent_at",
+        "waits_for",
         "wake",
         "wake_mask",
         "win_ratio",
@@ -202,9 +213,18 @@ class Connection:
         self.rcv_rtt = 0.0
 
         self.rtt = RttEstimator(config)
-        self.cc: CongestionControl = NewReno(self.mss, config.initial_window)
-        self.recovery = Recovery()
+        self.cc: CongestionControl = CONTROLS[options.congestion or path.congestion or config.congestion](
+            self.mss, config.initial_window
+        )
+        self.pacer: Pacer | None = None
+        self.rate = DeliveryRate(now)
+        self.recovery = Recovery(config)
         self.inflight = Inflight()
+        self.ecn = Ecn()
+        self.bytes_retrans = 0
+        self.total_retrans = 0
+        self.dsack_bytes = 0
+        self.waits_for = TIMEOUT
         self.retries = 0
         self.probes = 0
         self.persist_shift = 0
@@ -277,6 +297,17 @@ class Connection:
         self.shutdown_mask |= SHUT_RD | SHUT_WR
         self.notify(READABLE | WRITABLE)
 
+    def set_congestion(self, name: str) -> None:
+        """Use the congestion control `name` from now on, with the window as it is. Raises KeyError for one that is none."""
+        control = CONTROLS[name]
+        old = self.cc
+        if control is type(old):
+            return
+        self.cc = control(self.mss, self.tcp.config.initial_window)
+        self.cc.cwnd = self.cc.prior_cwnd = old.cwnd
+        self.cc.ssthresh = old.ssthresh
+        pacing.update(self)
+
     # -- what the user calls --
 
     def send(self, data: Buffer, *, more: bool = False) -> int:
@@ -294,6 +325,10 @@ class Connection:
         if not view:
             return 0
         queue = self.send_queue
+        if self.snd_nxt == queue.end and not self.inflight.to_resend:
+            in_flight = self.inflight.in_flight()
+            if in_flight < self.cc.cwnd:
+                self.rate.on_starved(in_flight)
         lowat = self.options.notsent_lowat
         if lowat:
             # Whole transmissions until the mark is passed, as sendmsg(2) asks for each skb whether there is room.

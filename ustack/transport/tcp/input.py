@@ -14,12 +14,12 @@ from ustack.drops import DropReason
 from ustack.transport.events import ORPHAN, READABLE, SHUT_RD
 from ustack.transport.tcp import output
 from ustack.transport.tcp.acks import process_ack
-from ustack.transport.tcp.arriving import HALF, unwrap
+from ustack.transport.tcp.arriving import HALF, MARKED, unwrap
 from ustack.transport.tcp.opening import in_syn_recv, in_syn_sent
 from ustack.transport.tcp.output import ACK_DELAYED, ACK_NONE, ACK_NOW, MASK32, WINDOW_UNCLAMPED
 from ustack.transport.tcp.prune import grow_window, make_room, prune_ofo_queue
 from ustack.transport.tcp.states import CAN_RECEIVE, CLOSE, ESTABLISHED, RECEIVES_FIN, SYN_RECV, SYN_SENT, State
-from ustack.wire.tcp import ACK, FIN, PSH, RST, SYN
+from ustack.wire.tcp import ACK, FIN, FLAGS_MASK, PSH, RST, SYN
 
 if TYPE_CHECKING:
     from ustack.transport.tcp.arriving import ArrivingSegment
@@ -36,7 +36,7 @@ STRAY_PAUSE: Final = 0.5
 (tcp_invalid_ratelimit).
 """
 
-_UNPREDICTED: Final = 0x3F & ~PSH
+_UNPREDICTED: Final = (MARKED | FLAGS_MASK) & ~PSH
 """The flags that a predicted segment has none of, but for ACK."""
 
 RATIO_MIN: Final = 32
@@ -138,6 +138,8 @@ def _unacceptable(conn: Connection, segment: ArrivingSegment, seq: int, end: int
         if conn.state is CLOSE:
             return DropReason.TCP_CLOSE
     now = conn.tcp.env.timers.now
+    if segment.length and seq < conn.rcv_nxt:
+        _found_twice(conn, seq, min(end, conn.rcv_nxt))
     if segment.length or flags & FIN or now >= conn.stray_at:
         if not segment.length:
             conn.stray_at = now + STRAY_PAUSE
@@ -151,6 +153,13 @@ def _process_ack(conn: Connection, segment: ArrivingSegment, seq: int) -> DropRe
     if conn.state is SYN_RECV:
         return in_syn_recv(conn, segment, seq)
     return process_ack(conn, segment, seq, unwrap(segment.ack, conn.snd_una))
+
+
+def _found_twice(conn: Connection, left: int, right: int) -> None:
+    """`left .. right` has arrived twice: the next ACK says so (D-SACK, RFC 2883, section 4)."""
+    if conn.receive_queue.dsack:
+        conn.receive_queue.duplicate = left, right
+        conn.tcp.env.mib.TcpExtTCPDSACKOldSent += 1
 
 
 def _duplicate_ack(conn: Connection) -> None:
@@ -189,6 +198,8 @@ def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int
     if conn.state not in CAN_RECEIVE:
         _duplicate_ack(conn)
         return DropReason.TCP_CLOSE if segment.length else None
+    if conn.ecn.ok and segment.length and conn.ecn.on_data(segment.flags & MARKED != 0, segment.flags):
+        _duplicate_ack(conn)
     rcv_nxt = conn.rcv_nxt
     if end > rcv_nxt and conn.shutdown_mask & SHUT_RD and (conn.shutdown_mask & ORPHAN or conn.state is not ESTABLISHED):
         # Nobody will ever read this: say so (RFC 9293, section 3.6.1; RFC 2525, section 2.17).
@@ -211,6 +222,8 @@ def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int
             return None
         return _out_of_order(conn, segment, offset, seq, end)
     if seq < rcv_nxt:
+        if segment.length:
+            _found_twice(conn, seq, min(seq + segment.length, rcv_nxt))
         offset += rcv_nxt - seq
         seq = rcv_nxt
     size = end - seq

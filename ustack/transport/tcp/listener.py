@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ustack.drops import DropReason
 from ustack.transport.events import READABLE, nobody
 from ustack.transport.tcp import output
+from ustack.transport.tcp.ecn import ASKS_FOR_ECN, OFF
 from ustack.transport.tcp.fastopen import SERVER, SERVER_COOKIE_NOT_REQD, SERVER_WO_SOCKOPT
 from ustack.transport.tcp.input import segment_arrives
 from ustack.transport.tcp.opening import accept_syn
@@ -126,6 +127,7 @@ class Listener:
         early, cookie = self._fast_open(conn)
         self.tcp.register(conn)
         self._take_syn(conn, segment.seq, segment.window, segment.options)
+        conn.ecn.ok = self.tcp.config.ecn != OFF and segment.flags & ASKS_FOR_ECN == ASKS_FOR_ECN
         self.half_open.add(conn)
         timers = self.tcp.env.timers
         conn.last_sent = timers.now

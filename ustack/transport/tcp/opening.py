@@ -12,7 +12,7 @@ from ustack.transport.tcp.acks import process_ack
 from ustack.transport.tcp.arriving import unwrap
 from ustack.transport.tcp.output import ACK_NOW
 from ustack.transport.tcp.states import State
-from ustack.wire.tcp import ACK, FIN, RST, SYN, WSCALE_MAX
+from ustack.wire.tcp import ACK, CWR, ECE, FIN, RST, SYN, WSCALE_MAX
 
 if TYPE_CHECKING:
     from ustack.transport.tcp.arriving import ArrivingSegment
@@ -40,6 +40,7 @@ def accept_syn(conn: Connection, irs: int, window: int, options: TcpOptions | No
         if options.wscale >= 0 and config.window_scaling:
             conn.snd_wscale = min(options.wscale, WSCALE_MAX)
         conn.sack_ok = options.sack_permitted and config.sack
+        conn.receive_queue.dsack = conn.sack_ok and config.dsack
         if options.ts_val >= 0 and config.timestamps:
             conn.ts_ok = True
             conn.ts_recent = options.ts_val
@@ -73,6 +74,8 @@ def in_syn_sent(conn: Connection, segment: ArrivingSegment) -> DropReason | None
     if not flags & SYN:
         return DropReason.TCP_FLAGS
     accept_syn(conn, segment.seq, segment.window, segment.options)
+    if flags & ECE and output.asks_for_ecn(conn):
+        conn.ecn.ok = flags & CWR == 0 if flags & ACK else flags & CWR != 0
     if segment.options is not None and segment.options.fastopen:
         conn.tcp.fastopen.remember(conn.path.dst, segment.options.fastopen, conn.peer_mss)
     if flags & ACK:
@@ -121,6 +124,7 @@ def _established(conn: Connection) -> None:
     conn.rcvq_time = now
     conn.nagle_end = conn.snd_una
     conn.recovery.point = conn.iss
+    conn.rate.delivered_at = conn.rate.first_sent_at = now
     timers.start_keepalive(conn)
     conn.path.neighbour.confirm()
     if not conn.options.sndbuf:

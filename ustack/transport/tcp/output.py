@@ -12,11 +12,16 @@ from pools.gfp import ATOMIC, MEMALLOC
 from ustack.link.device import ETH_HLEN
 from ustack.timers import NEVER
 from ustack.transport.events import SHUT_WR
+from ustack.transport.tcp.arming import TIMEOUT, rearm
+from ustack.transport.tcp.ecn import ALWAYS, ECT_0
 from ustack.transport.tcp.inflight import Segment
-from ustack.transport.tcp.recovery import OPEN, RECOVERY
+from ustack.transport.tcp.phase import CWR, OPEN, RECOVERY
 from ustack.transport.tcp.states import State
+from ustack.transport.tcp.undo import current_ssthresh
+from ustack.wire import tcp as wire
 from ustack.wire.tcp import (
     ACK,
+    ECE,
     FIN,
     HEADER,
     HEADER_LEN,
@@ -182,9 +187,9 @@ def _path(conn: Connection) -> Path:
     return path
 
 
-def transmit(conn: Connection, seq: int, length: int, flags: int) -> bool:
-    """Send `length` bytes of the send queue from `seq` on, with our acknowledgment and window. False when nothing could be
-    sent.
+def transmit(conn: Connection, seq: int, length: int, flags: int, ect: int = 0) -> bool:
+    """Send `length` bytes of the send queue from `seq` on, with our acknowledgment and window. `ect`: the ECN field of its IP
+    header. False when nothing could be sent.
     """
     try:
         path = _path(conn)
@@ -206,8 +211,10 @@ def transmit(conn: Connection, seq: int, length: int, flags: int) -> bool:
     conn.delack_timer.deadline = NEVER
     mss = conn.mss
     hlen = HEADER_LEN
-    if conn.receive_queue.ofo and conn.sack_ok:
-        blocks = [(left & MASK32, right & MASK32) for left, right in conn.receive_queue.sack_blocks(3 if conn.ts_ok else 4)]
+    queue = conn.receive_queue
+    if conn.sack_ok and (queue.ofo or queue.duplicate is not None):
+        blocks = [(left & MASK32, right & MASK32) for left, right in queue.sack_blocks(3 if conn.ts_ok else 4)]
+        queue.duplicate = None
         options = build_options(timestamp(conn, now) if conn.ts_ok else -1, conn.ts_recent, blocks)
         hlen += len(options)
         head[at + HEADER_LEN : at + hlen] = options
@@ -216,6 +223,8 @@ def transmit(conn: Connection, seq: int, length: int, flags: int) -> bool:
         hlen += TS_LEN
         TS.pack_into(head, at + HEADER_LEN, TS_MARK, timestamp(conn, now), conn.ts_recent)
     conn.last_ack_sent = rcv_nxt
+    if conn.ecn.echo:
+        flags |= ECE
     HEADER.pack_into(
         head,
         at,
@@ -238,7 +247,7 @@ def transmit(conn: Connection, seq: int, length: int, flags: int) -> bool:
             length,
             OFF_CSUM,
             mss if length > mss else 0,
-            options_set.tos,
+            options_set.tos | ect,
             options_set.ttl,
             True,
             MEMALLOC if options_set.memalloc else ATOMIC,
@@ -295,18 +304,28 @@ def send_syn(conn: Connection, ts_val: int = -1, fastopen: bytes | None = None, 
     at = path.l4
     head[at + HEADER_LEN : at + hlen] = options
     local, remote = conn.local[1], conn.remote[1]
+    flags = SYN | ACK if passive else SYN
+    if not passive and asks_for_ecn(conn):
+        flags |= ECE | wire.CWR
     if passive:
+        if conn.ecn.ok:
+            flags |= ECE
         conn.rcv_wup = conn.rcv_nxt
         conn.rcv_adv = conn.rcv_nxt + window
         conn.last_ack_sent = conn.rcv_nxt
-        HEADER.pack_into(
-            head, at, local, remote, conn.iss & MASK32, conn.rcv_nxt & MASK32, hlen << 10 | SYN | ACK, window, 0, 0
-        )
+        HEADER.pack_into(head, at, local, remote, conn.iss & MASK32, conn.rcv_nxt & MASK32, hlen << 10 | flags, window, 0, 0)
     else:
-        HEADER.pack_into(head, at, local, remote, conn.iss & MASK32, 0, hlen << 10 | SYN, window, 0, 0)
+        HEADER.pack_into(head, at, local, remote, conn.iss & MASK32, 0, hlen << 10 | flags, window, 0, 0)
     conn.tcp.env.mib.TcpOutSegs += 1
     payload = conn.send_queue.views(conn.iss + 1, early) if early else _NO_PAYLOAD
     path.send(IPPROTO_TCP, hlen, payload, early, OFF_CSUM, 0, conn.options.tos, conn.options.ttl, True, conn.gfp)
+
+
+def asks_for_ecn(conn: Connection) -> bool:
+    """Whether our SYN asks for ECN: not when it is sent again, since the question may be why it was lost (RFC 3168, section
+    6.1.1.1).
+    """
+    return conn.tcp.config.ecn == ALWAYS and not conn.retries
 
 
 def send_reset(conn: Connection) -> None:
@@ -327,7 +346,8 @@ def push(conn: Connection) -> None:
     if conn.path.mtu != conn.mtu:
         sync_mss(conn)
     inflight = conn.inflight
-    if inflight.lost > inflight.retrans:
+    recovery = conn.recovery
+    if inflight.to_resend and not recovery.send_new:
         _retransmit_lost(conn)
     queue = conn.send_queue
     fin_wanted = conn.shutdown_mask & SHUT_WR != 0
@@ -335,28 +355,52 @@ def push(conn: Connection) -> None:
         _send_new(conn, fin_wanted)
         if not inflight.segments:
             hold(conn)
+    recovery.send_new = False
 
 
 def hold(conn: Connection) -> None:
     """Data waits: for room in the window, or for more of it. What nothing else brings on its way, the timer does."""
     if not conn.inflight.segments and not conn.retransmit_timer.pending:
         timers = conn.tcp.env.timers
+        conn.waits_for = TIMEOUT
         timers.set(conn.retransmit_timer, timers.now + persist_timeout(conn))
 
 
 def force_out(conn: Connection) -> bool:
     """The persist timer expired: send what fits the window, however little it is. False when the window is closed."""
-    mss = _beside_blocks(conn) if conn.receive_queue.ofo and conn.sack_ok else conn.mss
+    mss = _beside_blocks(conn) if conn.sack_ok and conn.receive_queue.ofo else conn.mss
     size = min(conn.send_queue.end - conn.snd_nxt, conn.snd_una + conn.snd_wnd - conn.snd_nxt, mss)
     if size <= 0:
         return False
     now = conn.tcp.env.timers.now
     nxt = conn.snd_nxt
     conn.snd_nxt = conn.nagle_end = nxt + size
-    conn.inflight.add(Segment(nxt, conn.snd_nxt, now))
+    _note(conn, Segment(nxt, conn.snd_nxt, now), now)
     conn.last_sent = now
+    conn.waits_for = TIMEOUT
     conn.tcp.env.timers.set(conn.retransmit_timer, now + conn.rtt.rto)
     transmit(conn, nxt, size, ACK | PSH)
+    return True
+
+
+def _note(conn: Connection, segment: Segment, now: float) -> None:
+    """A segment of new data goes on the scoreboard."""
+    inflight = conn.inflight
+    conn.rate.on_sent(segment, now, not inflight.segments)
+    inflight.add(segment)
+
+
+def send_one(conn: Connection) -> bool:
+    """Send one segment of new data, whatever the congestion window says, if there is any and the peer's window takes it."""
+    size = min(conn.send_queue.end - conn.snd_nxt, conn.mss)
+    if size <= 0 or conn.snd_una + conn.snd_wnd - conn.snd_nxt < size:
+        return False
+    now = conn.tcp.env.timers.now
+    nxt = conn.snd_nxt
+    conn.snd_nxt = nxt + size
+    _note(conn, Segment(nxt, conn.snd_nxt, now), now)
+    conn.last_sent = now
+    transmit(conn, nxt, size, ACK | PSH if conn.snd_nxt == conn.send_queue.end else ACK, ECT_0 if conn.ecn.ok else 0)
     return True
 
 
@@ -373,15 +417,23 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
     recovery = conn.recovery
     cc = conn.cc
     mss = conn.mss
-    if conn.receive_queue.ofo and conn.sack_ok:
+    if conn.sack_ok and conn.receive_queue.ofo:
         mss = _beside_blocks(conn)
     end = conn.send_queue.end
     window_end = conn.snd_una + conn.snd_wnd
-    if not segments and now - conn.last_sent > conn.rtt.rto:
-        # Restart after idling (RFC 5681, section 4.1).
-        cc.cwnd = min(cc.cwnd, conn.tcp.config.initial_window * mss)
+    if not segments:
+        idle = now - conn.last_sent
+        if idle > conn.rtt.rto and conn.tcp.config.slow_start_after_idle:
+            cc.on_idle(conn.tcp.config.initial_window * mss, current_ssthresh(conn))
+        cc.on_restart(now, idle, app_limited=conn.rate.app_limited >= 0)
     in_flight = inflight.in_flight()
     largest = _largest_payload(conn, mss)
+    pacer = conn.pacer
+    if pacer is not None:
+        largest = min(largest, pacer.quantum(mss))
+    ect = ECT_0 if conn.ecn.ok else 0
+    reduction = recovery.reduction if recovery.phase is CWR or recovery.phase is RECOVERY else None
+    sent = 0
     recovery.cwnd_limited = False
     while True:
         nxt = conn.snd_nxt
@@ -416,25 +468,35 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
                 size -= size % mss
                 if not size:
                     break
+        if pacer is not None and not pacer.may_send(conn, now):
+            break
         flags = ACK
+        if ect and conn.ecn.reduced and size:
+            # A flag of one segment, not of a super-frame (RFC 3168, section 6.1.2).
+            size = min(size, mss)
+            conn.ecn.reduced = False
+            flags |= wire.CWR
         fin = fin_wanted and size == unsent and usable > size
         if size and size == unsent:
             flags |= PSH
         if fin:
             flags |= FIN
         conn.snd_nxt = nxt + size + fin
-        segments.append(Segment(nxt, conn.snd_nxt, now, fin))
+        _note(conn, Segment(nxt, conn.snd_nxt, now, fin), now)
         in_flight += size
+        sent += size + fin
         if size % mss:
             conn.nagle_end = conn.snd_nxt
-        transmit(conn, nxt, size, flags)
-    if segments:
+        if reduction is not None:
+            reduction.out += size
+        if pacer is not None:
+            pacer.sent(size, now)
+        transmit(conn, nxt, size, flags, ect)
+    if sent:
         if now - conn.last_data < conn.tcp.config.delack:
             conn.pingpong = True  # an answer: acknowledgments may wait for the next one
         conn.last_sent = now
-        timer = conn.retransmit_timer
-        if not timer.pending:
-            env.timers.set(timer, now + conn.rtt.rto)
+        rearm(conn, restarts=False)
         if not recovery.cwnd_limited and cc.cwnd < cc.ssthresh and 2 * in_flight >= cc.cwnd:
             recovery.cwnd_limited = True
 
@@ -453,33 +515,60 @@ def _hold_tail(conn: Connection) -> bool:
 
 
 def _retransmit_lost(conn: Connection) -> None:
-    env = conn.tcp.env
-    now = env.timers.now
+    """Send again what is lost, as far as the congestion window allows."""
+    now = conn.tcp.env.timers.now
     inflight = conn.inflight
     mss = conn.mss
-    if conn.receive_queue.ofo and conn.sack_ok:
+    if conn.sack_ok and conn.receive_queue.ofo:
         mss = _beside_blocks(conn)
     cwnd = conn.cc.cwnd
     largest = _largest_payload(conn, mss)
+    pacer = conn.pacer
+    if pacer is not None:
+        largest = min(largest, pacer.quantum(mss))
     window_end = conn.snd_una + conn.snd_wnd
     in_flight = inflight.in_flight()
-    for index in inflight.lost_segments():
+    while True:
+        index = inflight.next_lost()
+        if index < 0:
+            break
         segment = inflight.segments[index]
-        # The first goes whatever the congestion window says (RFC 6675, section 5, step 4.3).
-        if inflight.retrans > 0 and in_flight + mss > cwnd:
+        quota = cwnd - in_flight
+        if quota < min(mss, segment.end - segment.seq) or (segment.seq >= window_end and index):
             break
-        if segment.seq >= window_end and index:
+        if pacer is not None and not pacer.may_send(conn, now):
             break
-        most = max(min(largest, (cwnd - in_flight) // mss * mss), mss)
+        most = max(min(largest, quota // mss * mss), mss)
         if segment.end - segment.seq - segment.fin > most:
             inflight.split(index, segment.seq + most)
-        size = segment.end - segment.seq - segment.fin
-        inflight.on_retransmit(index, now)
-        in_flight += size
-        env.mib.TcpRetransSegs += 1
-        if conn.recovery.phase is RECOVERY:
-            env.mib.TcpExtTCPFastRetrans += 1
-        flags = ACK | PSH if size and segment.seq + size == conn.send_queue.end else ACK
-        transmit(conn, segment.seq, size, flags | FIN if segment.fin else flags)
+        in_flight += retransmit(conn, index)
     if inflight.segments and not conn.retransmit_timer.pending:
-        env.timers.set(conn.retransmit_timer, now + conn.rtt.rto)
+        conn.waits_for = TIMEOUT
+        conn.tcp.env.timers.set(conn.retransmit_timer, now + conn.rtt.rto)
+
+
+def retransmit(conn: Connection, index: int) -> int:
+    """Send segment `index` of the scoreboard again; returns its bytes."""
+    env = conn.tcp.env
+    now = env.timers.now
+    recovery = conn.recovery
+    inflight = conn.inflight
+    segment = inflight.segments[index]
+    size = segment.end - segment.seq - segment.fin
+    idle = inflight.in_flight() == 0
+    inflight.on_retransmit(index, now)
+    conn.rate.on_sent(segment, now, idle)
+    recovery.undo.on_retransmit(segment.end - segment.seq, now)
+    conn.bytes_retrans += size + segment.fin
+    conn.total_retrans += max(-(-size // conn.mss), 1)
+    env.mib.TcpRetransSegs += 1
+    phase = recovery.phase
+    if phase is RECOVERY:
+        env.mib.TcpExtTCPFastRetrans += 1
+    if phase is RECOVERY or phase is CWR:
+        recovery.reduction.out += size
+    if conn.pacer is not None:
+        conn.pacer.sent(size, now)
+    flags = ACK | PSH if size and segment.seq + size == conn.send_queue.end else ACK
+    transmit(conn, segment.seq, size, flags | FIN if segment.fin else flags)
+    return size

@@ -14,13 +14,15 @@ from ustack.timers import Timer
 from ustack.transport.events import READABLE, WRITABLE
 from ustack.transport.ports import ephemeral_ports
 from ustack.transport.tcp import output
-from ustack.transport.tcp.arriving import ArrivingSegment, unwrap
+from ustack.transport.tcp.arriving import MARKED, ArrivingSegment, unwrap
 from ustack.transport.tcp.connection import Connection
+from ustack.transport.tcp.ecn import CE, ECN_MASK
 from ustack.transport.tcp.fastopen import CLIENT, CLIENT_NO_COOKIE, FastOpen
 from ustack.transport.tcp.input import segment_arrives
 from ustack.transport.tcp.isn import IsnGenerator
 from ustack.transport.tcp.listener import Listener
 from ustack.transport.tcp.output import ACK_NONE, ACK_NOW, IPPROTO_TCP, MASK32
+from ustack.transport.tcp.sample import AckSample
 from ustack.transport.tcp.states import CLOSE, State
 from ustack.transport.tcp.syncookies import SynCookies
 from ustack.transport.tcp.timewait import TimeWait
@@ -29,6 +31,7 @@ from ustack.wire.icmp import ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED
 from ustack.wire.tcp import (
     ACK,
     FIN,
+    FLAGS_MASK,
     HEADER,
     HEADER_LEN,
     HEADER_MAX,
@@ -108,6 +111,7 @@ class Tcp:
         "mem",
         "ofo_account",
         "receive_account",
+        "sample",
         "segment",
         "send_account",
     )
@@ -122,6 +126,7 @@ class Tcp:
         self.connections: dict[bytes, Connection | TimeWait] = {}
         self.listeners: dict[tuple[bytes | None, int], Listener] = {}
         self.segment = ArrivingSegment()
+        self.sample = AckSample()
         self.send_account = Account("tcp send")
         self.receive_account = Account("tcp receive")
         self.ofo_account = Account("tcp out of order")
@@ -178,7 +183,9 @@ class Tcp:
         segment.frame = frame
         segment.seq = seq
         segment.ack = ack
-        segment.flags = off_flags & 0x3F
+        segment.flags = off_flags & FLAGS_MASK
+        if packet.tos & ECN_MASK == CE:
+            segment.flags |= MARKED
         segment.window = window
         segment.offset = l4 + hlen
         segment.length = l4_len - hlen
@@ -535,7 +542,9 @@ class Tcp:
         conn.delack_timer.cancel()
         conn.keepalive_timer.cancel()
         conn.send_queue.clear()
-        conn.inflight.segments.clear()
+        conn.inflight.clear()
+        if conn.pacer is not None:
+            conn.pacer.cancel()
         conn.receive_queue.drop_out_of_order()
         if conn.orphan:
             conn.receive_queue.clear()
@@ -625,7 +634,7 @@ class Tcp:
             return True
         if code == ICMP_FRAG_NEEDED:
             if mtu < conn.mtu:
-                conn.inflight.mark_all_lost(reneged=False)
+                conn.recovery.on_narrower_path(conn)
                 self.schedule_once(conn)
             return True
         error = _UNREACHABLE_ERRNO.get(code, errno.EHOSTUNREACH)
@@ -640,6 +649,11 @@ class Tcp:
         local_port, remote_port = int.from_bytes(quoted[:2]), int.from_bytes(quoted[2:4])
         conn = self.connections.get(connection_key(dst, src, remote_port, local_port))
         return isinstance(conn, Connection) and conn.options.memalloc
+
+    def resume(self, conn: Connection) -> None:
+        """The pacing timer: `conn` may go on sending."""
+        if conn.state is not CLOSE:
+            output.push(conn)
 
     def schedule_once(self, conn: Connection) -> None:
         """Flush `conn` with the next batch."""

@@ -41,6 +41,8 @@ class ReceiveQueue:
         "account",
         "charges",
         "copied_seq",
+        "dsack",
+        "duplicate",
         "memory",
         "ofo",
         "ofo_account",
@@ -55,6 +57,8 @@ class ReceiveQueue:
         self.account = charges.receive
         self.ofo_account = charges.ofo
         self.copied_seq = start
+        self.dsack = False
+        self.duplicate: tuple[int, int] | None = None
         self.ofo_changed = False  # since `collapse` has looked at it
         self.settled_seq = start  # what lies before has been collapsed, or is not worth it
         self.queue: deque[Skb] = deque()
@@ -107,6 +111,7 @@ class ReceiveQueue:
         start = seq
         if index and ofo[index - 1].end_seq > seq:
             start = ofo[index - 1].end_seq
+            self._found_twice(seq, min(start, end))
             if start >= end:
                 self._note(seq)
                 return None
@@ -115,7 +120,10 @@ class ReceiveQueue:
         while covered < len(ofo) and ofo[covered].end_seq <= end:
             covered += 1
         if covered < len(ofo) and ofo[covered].seq < stop:
+            self._found_twice(ofo[covered].seq, stop)
             stop = ofo[covered].seq
+        elif covered > index:
+            self._found_twice(ofo[index].seq, ofo[index].end_seq)
         if covered == index and start >= stop:
             self._note(seq)
             return None
@@ -145,6 +153,10 @@ class ReceiveQueue:
         self._note(seq)
         return True
 
+    def _found_twice(self, left: int, right: int) -> None:
+        if self.dsack:
+            self.duplicate = left, right
+
     def _note(self, seq: int) -> None:
         left, right = self._range_around(seq)
         self._recent = [seq, *(other for other in self._recent if not left <= other < right)][:SACK_BLOCKS]
@@ -168,8 +180,12 @@ class ReceiveQueue:
         return left, right
 
     def sack_blocks(self, limit: int) -> list[tuple[int, int]]:
-        """Up to `limit` ranges of out-of-order data, the one that arrived last first."""
+        """Up to `limit` ranges: what arrived twice if there is any (RFC 2883), then out-of-order data, the one that arrived
+        last first.
+        """
         blocks = []
+        if self.duplicate is not None:
+            blocks.append(self.duplicate)
         for seq in self._recent:
             left, right = self._range_around(seq)
             if left < right and (left, right) not in blocks:

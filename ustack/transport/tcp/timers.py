@@ -7,7 +7,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from ustack.transport.tcp import output
+from ustack.transport.tcp import output, pacing
+from ustack.transport.tcp.arming import PROBE, REORDERING, TIMEOUT, rearm_timeout
 from ustack.transport.tcp.output import ACK_NONE
 from ustack.transport.tcp.states import State
 
@@ -20,7 +21,14 @@ def on_retransmit_timer(conn: Connection) -> None:
     if conn.state in (State.SYN_SENT, State.SYN_RECV):
         _retransmit_syn(conn)
     elif conn.inflight.segments:
-        _retransmit(conn)
+        waited_for = conn.waits_for
+        conn.waits_for = TIMEOUT
+        if waited_for == PROBE:
+            _send_loss_probe(conn)
+        elif waited_for == REORDERING:
+            _end_reordering_window(conn)
+        else:
+            _retransmit(conn)
     else:
         _probe_window(conn)
 
@@ -56,8 +64,38 @@ def _retransmit(conn: Connection) -> None:
     conn.tcp.env.mib.TcpExtTCPTimeouts += 1
     conn.recovery.on_timeout(conn)
     conn.rtt.backoff()
+    pacing.update(conn)
     output.push(conn)
+    conn.waits_for = TIMEOUT
     timers.set(conn.retransmit_timer, _next_attempt(conn, conn.rtt.rto))
+
+
+def _send_loss_probe(conn: Connection) -> None:
+    """Send one segment more, new data if there is any, else the last one again (RFC 8985, section 7.3)."""
+    probe = conn.recovery.probe
+    inflight = conn.inflight
+    if not probe.outstanding:
+        before = conn.snd_nxt
+        if not output.send_one(conn):
+            index = len(inflight.segments) - 1
+            last = inflight.segments[index]
+            if last.end - last.seq - last.fin > conn.mss:
+                cut = (last.end - last.fin - 1 - last.seq) // conn.mss * conn.mss
+                inflight.split(index, last.seq + cut)
+                index += 1
+            output.retransmit(conn, index)
+        probe.sent(conn, again=conn.snd_nxt == before)
+        return
+    conn.waits_for = PROBE  # the timeout counts from the first segment
+    rearm_timeout(conn)
+
+
+def _end_reordering_window(conn: Connection) -> None:
+    conn.recovery.on_reordering_timeout(conn)
+    output.push(conn)
+    if not conn.retransmit_timer.pending:
+        conn.waits_for = REORDERING
+        rearm_timeout(conn)
 
 
 def _window_was_shut(conn: Connection) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ustack.transport.tcp.congestion.base import CongestionControl
+
+if TYPE_CHECKING:
+    from ustack.transport.tcp.sample import AckSample
 
 
 class NewReno(CongestionControl):
@@ -18,12 +21,11 @@ class NewReno(CongestionControl):
         super().__init__(mss, initial_window)
         self._acked = 0
 
-    def on_ack(self, acked: int) -> None:
+    def on_ack(self, sample: AckSample) -> None:
         """Grow by what was acknowledged in slow start, by one segment per window afterwards."""
+        acked = sample.fresh if sample.after_timeout else sample.delivered
         if self.cwnd < self.ssthresh:
-            grown = min(acked, self.ssthresh - self.cwnd)
-            self.cwnd += grown
-            acked -= grown
+            acked = self.slow_start(acked)
             if not acked:
                 return
         self._acked += acked
@@ -31,16 +33,8 @@ class NewReno(CongestionControl):
             self._acked -= self.cwnd
             self.cwnd += self.mss
 
-    def _halve(self, in_flight: int) -> None:
-        self.ssthresh = max(in_flight // 2, 2 * self.mss)
+    def on_congestion(self, flight_size: int) -> None:
+        """Half of what was in flight (RFC 5681, equation 4)."""
+        self.prior_cwnd = self.cwnd
+        self.ssthresh = max(flight_size // 2, 2 * self.mss)
         self._acked = 0
-
-    def on_loss(self, in_flight: int) -> None:
-        """Halve (RFC 5681, equation 4); what leaves the network while recovering is the scoreboard's to count."""
-        self._halve(in_flight)
-        self.cwnd = self.ssthresh
-
-    def on_timeout(self, in_flight: int) -> None:
-        """Back to one segment (RFC 5681, section 3.1)."""
-        self._halve(in_flight)
-        self.cwnd = self.mss
