@@ -36,7 +36,7 @@ FALLOC_FL_KEEP_SIZE: Final = 1
 FALLOC_FL_PUNCH_HOLE: Final = 2
 """Flags of fallocate(2)."""
 
-DESCRIPTORS_BESIDE: Final = 1024
+DESCRIPTORS_BESIDE: Final = 16384
 """Descriptors that a process has beside those of its pages: sockets, devices, pages that it has given away."""
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)

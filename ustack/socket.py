@@ -454,10 +454,10 @@ class Socket:
                 pass
             await self._wait(self._readers)
 
-    def recv_pages_nowait(self, limit: int) -> GivenPages:
-        """Take about `limit` bytes of a stream, in whole packets and at least one, as pages that the caller may hand to
-        another process: nothing else is on them, and nothing ever will be. The caller closes them when they are not needed
-        any more. No pages at the end of the stream. See `ustack.mem.page_flip`.
+    def recv_pages_nowait(self, pages: int) -> GivenPages:
+        """Take the data of a stream that lies on the next `pages` pages, in whole packets and at least one, as pages that the
+        caller may hand to another process: nothing else is on them, and nothing ever will be. The caller closes them when they
+        are not needed any more. No pages at the end of the stream. See `ustack.mem.page_flip`.
 
         Raises BlockingIOError, OSError EOPNOTSUPP for datagrams and where the stack was not made with `zero_copy`.
         """
@@ -466,13 +466,13 @@ class Socket:
             raise _error(errno.EOPNOTSUPP)
         conn = self._stream()
         self.host.tick()
-        return conn.recv_pages(flipper, limit)
+        return conn.recv_pages(flipper, pages)
 
-    async def recv_pages(self, limit: int) -> GivenPages:
+    async def recv_pages(self, pages: int) -> GivenPages:
         """Wait for data; see `recv_pages_nowait`."""
         while True:
             try:
-                return self.recv_pages_nowait(limit)
+                return self.recv_pages_nowait(pages)
             except BlockingIOError:
                 await self._wait(self._readers)
 

@@ -56,7 +56,7 @@ class Reader:
         assert flipper is not None
         try:
             while not self.ended and self.conn.readable:
-                given = self.conn.recv_pages(flipper, 1 << 16)
+                given = self.conn.recv_pages(flipper, 16)
                 self.ended = not given.fds
                 self.received += given.length
                 self.maps += [mmap.mmap(fd, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ) for fd in given.fds]

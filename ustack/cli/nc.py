@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -30,15 +31,21 @@ DATAGRAM_MAX: Final = 16 << 10
 @click.option(
     "-w", "timeout", type=click.FloatRange(min=0, min_open=True), help="Give up after this many seconds without anything."
 )
+@click.option("--map", "mapped", is_flag=True, help="Write out what is received from the daemon's own pages, mapped; only TCP.")
 @control_option
-def nc(where: tuple[str, ...], listen: bool, udp: bool, timeout: float | None, control: str) -> None:
+def nc(where: tuple[str, ...], listen: bool, udp: bool, timeout: float | None, mapped: bool, control: str) -> None:
     """Connect standard input and output to a TCP or UDP peer over the daemon's stack.
 
     The end of standard input is sent as a FIN and leaves the other direction open. It is over when both directions are,
     or at a terminal when the peer has ended. Exit code: 0, or 1 for an error.
     """
     host, port = _parse(where, listen)
+    if mapped and (udp or timeout):
+        raise click.UsageError("--map goes with neither -u nor -w")
     try:
+        if mapped:
+            _map(control, "listen" if listen else "connect", port=port, **({} if host is None else {"host": host}))
+            return
         with Control(control) as daemon:
             daemon.socket.settimeout(timeout)
             if listen:
@@ -65,6 +72,31 @@ def _parse(where: tuple[str, ...], listen: bool) -> tuple[str | None, int]:
     if not 0 < port < 65536:
         raise click.UsageError(f"{where[-1]!r} is no port: allowed is 1 to 65535")
     return (where[0] if len(where) == 2 else None), port
+
+
+def _map(control: str, name: str, **args: Any) -> None:
+    """Move bytes between standard input and output and a connection whose received data is mapped."""
+    import threading
+
+    from ustack.daemon.page_stream import PageReader
+
+    with PageReader(control, name, **args) as reader:
+
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                while data := os.read(STDIN, CHUNK):
+                    reader.socket.sendall(data)
+                reader.socket.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        while pieces := reader.read():
+            for piece in pieces:
+                _write(piece)
+                piece.release()
+            reader.release()
+        if not os.isatty(STDIN):
+            sender.join()
 
 
 class _Relay:

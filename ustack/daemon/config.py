@@ -174,8 +174,13 @@ class Memory(Section):
     """Bytes that only memalloc sockets may use. `auto`: as many as the NBD exports need by their `requests` and
     `request_size`."""
     capture: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_size)] = "auto"
-    """Bytes of it that captures may pin, all together (`ustack capture`). `auto`: a sixteenth of the memory. 0: nobody may
-    capture, and no other process can map the memory.
+    """Bytes of it that captures may pin, all together (`ustack capture`). `auto`: a sixteenth of the memory, or 0 with
+    `zero_copy`. 0: nobody may capture, and no other process can map the memory.
+    """
+    zero_copy: Literal["off", "copy", "scrub"] = "off"
+    """Whether clients of the control socket may map what a connection of theirs has received, and what happens to a page that
+    holds data of others as well: `copy` (the page stays, and the connection's data is copied) or `scrub` (the page is given
+    away, and the others' data is moved). Every page needs a file descriptor, and nobody may capture.
     """
     lock: bool = False
     """Keep the memory from being swapped out (mlock(2); needs CAP_IPC_LOCK or a sufficient RLIMIT_MEMLOCK)."""
@@ -285,8 +290,10 @@ class Config(Section):
 
     def capture_bytes(self) -> int:
         """What captures may pin, in bytes."""
-        capture = self.memory.capture
-        return self.memory.size // CAPTURE_SHARE if isinstance(capture, str) else capture
+        memory = self.memory
+        if isinstance(memory.capture, str):
+            return memory.size // CAPTURE_SHARE if memory.zero_copy == "off" else 0
+        return memory.capture
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------------
@@ -323,6 +330,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     reserve = config.memory.reserve
     if isinstance(reserve, int) and reserve > config.memory.size - PAGE_SIZE:
         yield f"[memory] reserve = {reserve}: allowed is less than the whole memory, {config.memory.size}"
+    if config.capture_bytes() and config.memory.zero_copy != "off":
+        yield f"[memory] capture = {config.capture_bytes()}: allowed with zero_copy is only 0"
     if config.capture_bytes() > config.memory.size // 2:
         yield f"[memory] capture = {config.capture_bytes()}: allowed is at most half of the memory, {config.memory.size // 2}"
     yield from _descents("tcp", config.tcp)

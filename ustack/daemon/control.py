@@ -13,8 +13,9 @@ With the `ok` of `capture` come descriptors, by which the client maps the packet
 ends when the client closes its side.
 
 A client may make one call after the other. After the `ok` of `connect`, and after the `ok` with the peer of `listen`, the
-socket is no control socket any more but the connection itself, byte for byte (`ustack.daemon.relay`). A client that goes
-away ends what it asked for. Whoever may open the socket may do all of this: its permission bits are the access control.
+socket is no control socket any more but the connection itself, byte for byte (`ustack.daemon.relay`); with `map` what has been
+received comes as pages (`ustack.daemon.page_stream`). A client that goes away ends what it asked for. Whoever may open the
+socket may do all of this: its permission bits are the access control.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ustack.daemon import capture, memory_calls, reports
+from ustack.daemon.page_stream import PageStream
 from ustack.daemon.ping import PingSeries
 from ustack.daemon.relay import DatagramEnd, StreamEnd, accept_datagrams
 from ustack.link.sniffer import SNAPLEN_MAX
@@ -38,6 +40,7 @@ from ustack.socket import pack_host, unpack_host
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ustack.socket import Socket
     from ustack.stack import Stack
 
 LINE_MAX: Final = 64 << 10
@@ -269,9 +272,20 @@ class Session(asyncio.Protocol):
             raise OSError(errno.EPIPE, "a connection is of no use to a client that has ended its side")
         self._waits_for_peer = True
 
-    async def _connect(self, host: str, port: int, memalloc: bool = False, udp: bool = False) -> None:
+    async def _connect(self, host: str, port: int, memalloc: bool = False, udp: bool = False, map: bool = False) -> None:
         self._wait_for_peer(port)
         stack = self._server.stack
+        if map:
+            self._check_map(udp)
+            stream = stack.socket()
+            try:
+                stream.set_memalloc(memalloc)
+                await stream.connect((host, port))
+                self._become_pages(stream, {"local": stream.getsockname(), "peer": stream.getpeername()})
+            except BaseException:
+                stream.close()
+                raise
+            return
         if udp:
             if memalloc:
                 raise OSError(errno.EOPNOTSUPP, "memalloc is for TCP")
@@ -288,10 +302,23 @@ class Session(asyncio.Protocol):
         transport, _ = await stack.create_connection(lambda: far, host, port, memalloc=memalloc)
         self._become_stream(far, {"local": transport.get_extra_info("sockname"), "peer": transport.get_extra_info("peername")})
 
-    async def _listen(self, port: int, host: str | None = None, udp: bool = False) -> None:
+    async def _listen(self, port: int, host: str | None = None, udp: bool = False, map: bool = False) -> None:
         """Take one connection; a datagram's sender counts as one."""
         self._wait_for_peer(port)
         stack = self._server.stack
+        if map:
+            self._check_map(udp)
+            with stack.socket() as listener:
+                listener.bind((host or "", port))
+                listener.listen(1)
+                self._answer(ok={"local": listener.getsockname()})
+                stream, peer = await listener.accept()
+            try:
+                self._become_pages(stream, {"peer": peer})
+            except BaseException:
+                stream.close()
+                raise
+            return
         arrived: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
         def on_arrival(who: Any) -> None:
@@ -327,6 +354,23 @@ class Session(asyncio.Protocol):
             if ends and ends[0].transport is not None and (not arrived.done() or arrived.cancelled()):
                 ends[0].transport.abort()
         self._become_stream(ends[0], {"peer": transport.get_extra_info("peername")})
+
+    def _check_map(self, udp: bool) -> None:
+        if udp:
+            raise OSError(errno.EOPNOTSUPP, "only the data of TCP can be mapped")
+        if self._server.stack.flipper is None:
+            raise OSError(
+                errno.EOPNOTSUPP, 'nothing can be mapped: the daemon runs without [memory] zero_copy = "copy" or "scrub"'
+            )
+
+    def _become_pages(self, stream: Socket, ok: dict[str, Any]) -> None:
+        if self._transport.is_closing():
+            stream.close()
+            return
+        self._peer_transport = pages = PageStream(self._transport, stream, ok, self.connection_lost)
+        self._transport.set_protocol(pages)
+        if self._buffer:
+            pages.data_received(bytes(self._buffer))
 
     def _become_stream(self, far: StreamEnd, ok: object) -> None:
         if self._transport.is_closing():

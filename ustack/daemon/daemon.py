@@ -102,6 +102,7 @@ class Daemon:
                 reserve=memory.reserve,
                 lock_memory=memory.lock,
                 capture=config.capture_bytes(),
+                zero_copy=None if memory.zero_copy == "off" else memory.zero_copy,
                 tcp=config.tcp_config(),
                 udp=config.udp_config(),
             )
@@ -253,7 +254,7 @@ def _fixed_changes(old: Config, new: Config) -> Iterator[str]:
     """What has changed in the file that cannot change while the daemon runs."""
     for section, keys in (
         ("device", list(type(old.device).model_fields)),
-        ("memory", ["pool", "size", "lock", "capture"]),
+        ("memory", ["pool", "size", "lock", "capture", "zero_copy"]),
         ("tcp", MEM_KEYS),
         ("udp", list(type(old.udp).model_fields)),
         ("control", list(type(old.control).model_fields)),

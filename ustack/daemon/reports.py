@@ -57,6 +57,7 @@ def memory(stack: Stack) -> dict[str, Any]:
             "copied": stack.sniffers.copied,
             "referenced": stack.sniffers.referenced,
         },
+        "zero_copy": _zero_copy(stack),
         "tcp": _tcp_memory(stack.tcp),
         "udp": _protocol_memory(stack.udp.mem),
         "reserve": {
@@ -93,6 +94,21 @@ def _tcp_memory(tcp: Tcp) -> dict[str, Any]:
         "orphan": sum(each.orphan for each in connections),
         "tw": len(tcp.connections) - len(connections),
         "under_pressure": tcp.mem.under_pressure(),
+    }
+
+
+def _zero_copy(stack: Stack) -> dict[str, Any] | None:
+    """What sockets have given away as pages, in bytes but for `pages` and the share; None where they may not."""
+    flipper = stack.flipper
+    if flipper is None:
+        return None
+    return {
+        "policy": flipper.policy,
+        "pages": flipper.pages,
+        "in_place": flipper.in_place,
+        "copied": flipper.copied,
+        "moved": flipper.moved,
+        "copied_share": flipper.copied_share,
     }
 
 

@@ -419,15 +419,17 @@ class Connection:
         self._raise_nothing_to_read(len(target))
         return 0
 
-    def recv_pages(self, flipper: PageFlipper, limit: int) -> GivenPages:
-        """Like `recv`, as pages that are given away: whole skbs, at least one. No pages at the end of the stream."""
-        skbs = self.receive_queue.first(limit)
+    def recv_pages(self, flipper: PageFlipper, pages: int) -> GivenPages:
+        """Like `recv`, as up to `pages` pages that are given away: whole skbs, at least one. No pages at the end of the
+        stream.
+        """
+        skbs = self.receive_queue.first(pages)
         given = flipper.give(skbs)
         if skbs:
             self.receive_queue.skip(len(skbs))
             output.after_read(self)
         else:
-            self._raise_nothing_to_read(limit)
+            self._raise_nothing_to_read(pages)
         return given
 
     def _raise_nothing_to_read(self, limit: int) -> None:

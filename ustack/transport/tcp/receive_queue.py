@@ -11,6 +11,8 @@ from collections import deque
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
+from pools.arena import PAGE_MASK, PAGE_SHIFT
+
 if TYPE_CHECKING:
     from ustack.link.rxring import RxFrame
     from ustack.mem.socket import SocketMemory
@@ -283,14 +285,15 @@ class ReceiveQueue:
         done = self.read_into(memoryview(target))
         return bytes(target[:done])
 
-    def first(self, limit: int) -> list[Skb]:
-        """The skbs that are next to be read, as many as have `limit` bytes together, but at least one; they stay queued."""
+    def first(self, pages: int) -> list[Skb]:
+        """The next skbs to be read: as many as have their data on `pages` pages, but at least one. They stay queued."""
         found: list[Skb] = []
         for skb in self.queue:
-            if found and skb.len > limit:
+            for addr, length in ((skb.data, skb.tail - skb.data), *skb.frags):
+                pages -= (addr + length + PAGE_MASK >> PAGE_SHIFT) - (addr >> PAGE_SHIFT)
+            if found and pages < 0:
                 break
             found.append(skb)
-            limit -= skb.len
         return found
 
     def skip(self, count: int) -> None:
