@@ -58,7 +58,7 @@ address = "10.77.0.2/24"
 FIXED: Final = {
     "device": "*",
     "address": "*",
-    "memory": {"pool", "size", "lock", "capture"},
+    "memory": {"pool", "size", "lock", "capture", "zero_copy"},
     "tcp": MEM_KEYS,
     "udp": "*",
     "control": "*",

@@ -82,7 +82,7 @@ async def test_two_clients_map_their_own_data_and_nothing_else(daemon: RunningDa
         with first, second:
             counts = await asyncio.gather(asyncio.to_thread(read, first, MINE), asyncio.to_thread(read, second, OTHERS))
         await talking
-    assert counts == [size, size]
+    assert tuple(counts) == (size, size)
     given = zero_copy(daemon)
     assert given["in_place"] + given["copied"] == 2 * size
 
