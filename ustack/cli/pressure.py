@@ -6,7 +6,7 @@ import json
 
 import click
 
-from ustack.cli.pressure_bench import classification, throughput
+from ustack.cli.pressure_bench import classification, reserve, throughput
 from ustack.cli.pressure_runs import list_scenarios, report, run, show
 
 
@@ -31,7 +31,7 @@ def pressure() -> None:
     """
 
 
-for command in (run, list_scenarios, show, report, classification, throughput):
+for command in (run, list_scenarios, show, report, classification, throughput, reserve):
     pressure.add_command(command)
 
 

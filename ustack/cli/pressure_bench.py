@@ -1,4 +1,4 @@
-"""`ustack pressure classification` and `throughput`: what the rules cost and save, in figures of this machine."""
+"""`ustack pressure classification`, `throughput` and `reserve`: what the rules cost and save, and what is enough."""
 
 from __future__ import annotations
 
@@ -118,3 +118,46 @@ def throughput(
             table.add_row(each.pool, *rates, f"{one.worst * 1e3:.0f}", f"{one.ratio:.2f}")
         table.add_row(each.pool, "", "", "", "median", f"{each.ratio:.2f}")
     Console().print(table)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects instead of the table.")
+@click.option("--pool", "pools", multiple=True, metavar="NAME", help="Only this pool; may be given several times.")
+@click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="Seeds that each size must do for.")
+def reserve(as_json: bool, pools: tuple[str, ...], seeds: int) -> None:
+    """Find by bisection how small the reserve may be, in virtual time, and compare it with what "auto" works out.
+
+    Memory is full. A disk is read and written with all requests in flight, while the wire loses what hurts most. With `lives`
+    pages all work is done, however slowly. With `serves` nothing of the disk's connection ever waits for memory: that is what
+    the reserve is for. The ratio, of worked out to serves, must be from 1 to 2; the exit code is 1 when it is not.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from ustack.lab import reserve_bisection
+
+    known = reserve_bisection.POOLS
+    for pool in pools:
+        if pool not in known:
+            raise click.BadParameter(f"there is no pool {pool!r}; there are: {'; '.join(known)}", param_hint="--pool")
+    found = []
+    progress = Console(stderr=True)
+    with progress.status("") as status:
+        for pool in pools or known:
+            for linear in (False, True):
+                status.update(f"{pool}, {'linear' if linear else 'paged'}")
+                found.append(reserve_bisection.find(pool, linear, range(seeds)))
+    if as_json:
+        click.echo(json.dumps([each._asdict() | {"ratio": each.ratio} for each in found], indent=1))
+    else:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("pool", no_wrap=True)
+        table.add_column("ring", no_wrap=True)
+        for heading in ("worked out, pages", "serves", "lives", "ratio"):
+            table.add_column(heading, justify="right")
+        for each in found:
+            ring = "linear" if each.linear else "paged"
+            table.add_row(each.pool, ring, str(each.worked_out), str(each.serves), str(each.lives), f"{each.ratio:.2f}")
+        Console().print(table)
+    if not all(1 <= each.ratio <= 2 for each in found):
+        raise SystemExit(1)

@@ -12,6 +12,8 @@ from random import Random
 from socket import SO_RCVBUF, SOCK_DGRAM, SOL_SOCKET
 from typing import TYPE_CHECKING, Any, Final
 
+from pools.base import NULL
+from pools.gfp import ATOMIC
 from ustack.lab.world import VirtualLoop, World
 from ustack.link.device import FEATURE_CSUM, FEATURE_TSO
 from ustack.link.rxring import LinearRing, PagedRing
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from pools.base import Pool
+    from ustack.skb import SkbMemory
     from ustack.socket import Socket
 
 OURS: Final = "10.0.0.1"
@@ -61,6 +64,31 @@ def without_udp_mem(memory: int) -> UdpConfig:
     return UdpConfig(mem_low=2 * memory, mem_pressure=2 * memory, mem_high=2 * memory)
 
 
+class TakenRing(LinearRing):
+    """A linear ring whose buffers can be gone all at once: what 2006 feared, and what pure chance seldom comes to."""
+
+    __slots__ = ("_taken",)
+
+    def __init__(self, memory: SkbMemory, max_frame: int, prefix: bytearray | None = None) -> None:
+        self._taken: list[int] = []
+        super().__init__(memory, max_frame, prefix)
+
+    def take_along(self) -> None:
+        """Sockets that nobody reads have taken every ordinary buffer along. The next ones come from the reserve."""
+        self._taken += [addr for addr, pfmemalloc in self._posted if not pfmemalloc]
+        left = [each for each in self._posted if each[1]]
+        self._posted.clear()
+        self._posted.extend(left)
+        self._aimed = NULL
+        self.ready()
+
+    def close(self) -> None:
+        """Give all memory back."""
+        for addr in self._taken:
+            self.memory.pool.free(addr, self.max_frame, self.memory.cpu)
+        super().close()
+
+
 class Pressed:
     """Our stack (`stack`), the peer's, and the wire between them. `memory` is ours in bytes; `pool`, `pool_options` and
     `reserve` are those of `Stack`; `linear` chooses the receive ring, `features` the offloads of both devices.
@@ -83,7 +111,7 @@ class Pressed:
         self.world = World(seed)
         self.loop = VirtualLoop(self.world)
         self.random = Random(seed)
-        ring = LinearRing if linear else PagedRing
+        ring = TakenRing if linear else PagedRing
         self.device = SimDevice("sim1", bytes((2, 0, 0, 0, 0, 1)), mtu, 0 if linear else features, ring)
         self.peer_device = SimDevice("sim2", bytes((2, 0, 0, 0, 0, 2)), mtu, features)
         self.wire = SimWire(self.world, self.device, self.peer_device, wire or Impairments())
@@ -101,6 +129,7 @@ class Pressed:
             self.world.add(stack, device)
             stack.add_interface(device, f"{address}/24")
         self.server: NbdServer | None = None
+        self._hogged: list[int] = []
         self._crowd: list[asyncio.Transport] = []
         self._deaf: list[Socket] = []
         self._flooding: asyncio.Task[None] | None = None
@@ -124,6 +153,9 @@ class Pressed:
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
         self.loop.run_until_complete(asyncio.sleep(0))
+        for pfn in self._hogged:
+            self.stack.pages.free(pfn, 0)
+        self._hogged.clear()
         self.stack.close()
         self.peer.close()
         self.loop.run_until_complete(asyncio.sleep(0))
@@ -205,6 +237,13 @@ class Pressed:
                 datagram = FLOOD[: self.random.randrange(1, DATAGRAM_MAX)]
                 sender.sendto_nowait(datagram, (OURS, CROWD_PORT + 1 + number))
             await asyncio.sleep(ROUND)
+
+    def take_pages(self) -> None:
+        """Somebody else takes what the crowd has left of the pages above the reserve."""
+        pages = self.stack.pages
+        owner = pages.owner_id("memory hog")
+        while (pfn := pages.alloc(0, ATOMIC, owner)) != NULL:
+            self._hogged.append(pfn)
 
     def leave(self) -> None:
         """The crowd goes away."""

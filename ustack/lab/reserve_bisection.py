@@ -1,22 +1,28 @@
 """How small may the reserve be? Found by trying, for each pool and each kind of ring, and compared with what is worked out.
 
 Claim 46 (Andrew Morton, 2006): for some amount of reserved memory the system cannot deadlock any more. Two amounts are looked
-for. `lives` is the smallest with which all work is done, however slowly. `serves` is the smallest with which no allocation for
-the disk's connection is ever refused, so that all requests that may be in flight are, whatever is lost on the wire: that is
-what the reserve is made for, and what `Stack(reserve="auto")` must never be below.
+for. `lives` is the smallest with which all work is done, however slowly. `serves` is the smallest with which nothing of the
+disk's connection ever waits for memory: no allocation is refused and no request held back, so that all requests that may be in
+flight are, whatever is lost on the wire. That is what the reserve is made for, and what `Stack(reserve="auto")` must never be
+below.
+
+Two moments are the worst, and both happen here: all requests are writes that nobody has acknowledged, and the answers to all
+come behind a segment that is lost. The second needs an unlucky wire (`FirstOfBurstLost`), chance alone hardly ever comes to it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from ustack.lab.pressed import Pressed, Work
+from ustack.lab.pressed import NBD_PORT, Pressed, TakenRing, Work
 from ustack.link.device import FEATURE_CSUM
 from ustack.link.simwire import Impairments
 from ustack.mem.reserve import Demand
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+
+    from ustack.link.simwire import WireFrame
 
 POOLS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "kmalloc": ("kmalloc", {}),
@@ -36,14 +42,43 @@ CROWD: Final = 30
 MEMORY: Final = 8 << 20
 _DEMAND: Final = Demand(DEPTH, REQUEST_SIZE)
 
+BULK: Final = 1000
+"""Bytes from which on a frame is one of a burst."""
+
 LIMIT: Final = 10.0
 """Virtual seconds after which a run counts as standing still."""
 
-WIRES: Final = (
-    Impairments(delay=0.001),
-    Impairments(delay=0.001, loss=0.02),
-    Impairments(delay=0.001, jitter=0.002, loss=0.01, duplicate=0.01),
-)
+GOOD_WIRE: Final = Impairments(delay=0.001)
+BAD_WIRE: Final = Impairments(delay=0.001, jitter=0.002, loss=0.01, duplicate=0.01)
+
+BURSTS: Final = 8
+"""Every so many bursts one loses its first segment: the congestion window has grown to all answers by then."""
+
+RUNS: Final = ((1.0, GOOD_WIRE), (0.0, GOOD_WIRE), (0.5, BAD_WIRE))
+"""What each seed is run with: the share of reads, and the wire."""
+
+
+class FirstOfBurstLost:
+    """A wire that loses the first segment of every eighth burst from the disk: all answers behind it wait for it."""
+
+    def __init__(self, pressed: Pressed) -> None:
+        self._world = pressed.world
+        self._send = pressed.peer_device.wire
+        self._last = 0.0
+        self._bursts = 0
+        pressed.peer_device.wire = self.send
+
+    def send(self, frame: WireFrame) -> None:
+        """A frame from the disk's side."""
+        now = self._world.now
+        if len(frame.data) > BULK and int.from_bytes(frame.data[34:36], "big") == NBD_PORT:
+            burst = now > self._last
+            self._last = now
+            self._bursts += burst
+            if burst and self._bursts % BURSTS == 0:
+                return
+        assert self._send is not None
+        self._send(frame)
 
 
 class Found(NamedTuple):
@@ -62,10 +97,18 @@ class Found(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one run came to: whether all work was done, and how many allocations were refused that may use the reserve."""
+    """What one run came to: whether all work was done, how many allocations were refused that may use the reserve, and how
+    often a request was held back.
+    """
 
     done: bool
     refused: int
+    throttled: int
+
+    @property
+    def served(self) -> bool:
+        """Whether nothing of the disk's connection waited for memory."""
+        return self.done and not self.refused and not self.throttled
 
 
 def worked_out(pool: str, linear: bool) -> int:
@@ -86,22 +129,32 @@ def _pressed(seed: int, pool: str, linear: bool, wire: Impairments) -> Pressed:
     )
 
 
-def run(seed: int, pool: str, linear: bool, pages: int, *, reads: float, wire: Impairments) -> Run:
-    """Work on a disk with a reserve of `pages`, while a crowd holds everything else."""
+def run(seed: int, pool: str, linear: bool, pages: int, *, reads: float, wire: Impairments, requests: int = REQUESTS) -> Run:
+    """Do so many `requests` on a disk with a reserve of `pages`, while a crowd holds everything else."""
     pressed = _pressed(seed, pool, linear, wire)
+    FirstOfBurstLost(pressed)
 
     async def story() -> None:
         await pressed.serve(DISK_SIZE)
         disk = await pressed.attach(DEPTH, REQUEST_SIZE)
         pressed.stack.pages.set_min_pages(pages)
         await pressed.crowd(CROWD)
+        ring = pressed.device.ring
+        pressed.take_pages()
+        if isinstance(ring, TakenRing):
+            ring.take_along()
         work = Work(pressed, disk, depth=DEPTH, request_size=REQUEST_SIZE, size=DISK_SIZE, reads=reads)
-        await work.do(REQUESTS)
+        await work.do(requests)
 
     done = pressed.run(story, LIMIT)
-    refused = pressed.stack.pages.reserve_failures
+    result = Run(done, pressed.stack.pages.reserve_failures, pressed.stack.reserve.throttled)
     pressed.close()
-    return Run(done, refused)
+    return result
+
+
+def all_runs(seeds: Iterable[int], pool: str, linear: bool, pages: int) -> Iterator[Run]:
+    """Every run of every seed with a reserve of `pages`."""
+    return (run(seed, pool, linear, pages, reads=reads, wire=wire) for seed in seeds for reads, wire in RUNS)
 
 
 def bisect(pool: str, linear: bool, seeds: Iterable[int], enough: Callable[[Run], bool], most: int) -> int:
@@ -109,12 +162,7 @@ def bisect(pool: str, linear: bool, seeds: Iterable[int], enough: Callable[[Run]
     seeds = list(seeds)
 
     def does(pages: int) -> bool:
-        return all(
-            enough(run(seed, pool, linear, pages, reads=reads, wire=wire))
-            for seed in seeds
-            for reads in (1.0, 0.0, 0.5)
-            for wire in WIRES
-        )
+        return all(enough(each) for each in all_runs(seeds, pool, linear, pages))
 
     low, high = 0, most + 1
     while low < high:
@@ -130,5 +178,5 @@ def find(pool: str, linear: bool, seeds: Iterable[int]) -> Found:
     """Both amounts for one pool and one kind of ring."""
     seeds = list(seeds)
     most = worked_out(pool, linear)
-    serves = bisect(pool, linear, seeds, lambda each: each.done and not each.refused, most)
+    serves = bisect(pool, linear, seeds, lambda each: each.served, most)
     return Found(pool, linear, most, serves, bisect(pool, linear, seeds, lambda each: each.done, most))

@@ -49,10 +49,10 @@ class Reserve:
     """The memalloc sockets of a stack, and their demands.
 
     `fixed` is the size in pages; None has it follow the demands, as `budget_of` works them out, beside `ring_pages()` for the
-    receive rings.
+    receive rings. `throttled` counts how often a new request had to wait for memory.
     """
 
-    __slots__ = ("_budget_of", "_budgets", "_env", "_fixed", "_rings", "ring_pages", "sockets")
+    __slots__ = ("_budget_of", "_budgets", "_env", "_fixed", "_rings", "_rings_hold", "ring_pages", "sockets", "throttled")
 
     def __init__(
         self, env: Env, fixed: int | None, budget_of: Callable[[Demand], Budget], ring_pages: Callable[[], int]
@@ -63,7 +63,9 @@ class Reserve:
         self.ring_pages = ring_pages
         self._budgets: dict[object, Budget] = {}
         self._rings: list[LinearRing] = []
+        self._rings_hold = 0
         self.sockets = 0
+        self.throttled = 0
 
     def watch(self, device: Device) -> None:
         """Post buffers for `device` by the rule. A paged ring needs none: it allocates for a frame once its owner is known."""
@@ -88,11 +90,15 @@ class Reserve:
 
     # -- its size --
 
-    @property
-    def more_than_half_free(self) -> bool:
-        """Whether new requests may begin: more than half of the reserve is free (as throttle_direct_reclaim has it)."""
+    def may_begin(self) -> bool:
+        """Whether a new request may begin: more than half of the reserve is free (as throttle_direct_reclaim has it), without
+        what the linear rings hold of it for ever.
+        """
         pages = self._env.memory.pages
-        return pages.free_pages * 2 > pages.min_pages
+        if pages.free_pages * 2 > pages.min_pages - self._rings_hold:
+            return True
+        self.throttled += 1
+        return False
 
     def claim(self, user: object, demand: Demand) -> Budget | None:
         """`user` needs memory for `demand` from now on; returns what it may use, or None where there is no reserve.
@@ -111,7 +117,9 @@ class Reserve:
                 self._give_back(user, before)
                 raise
             return budget
-        most = max(self._fixed - self.ring_pages(), 1) // len(self._budgets) << PAGE_SHIFT
+        rings = self.ring_pages()
+        self._rings_hold = min(rings, self._fixed // 2)
+        most = max(self._fixed - rings, 1) // len(self._budgets) << PAGE_SHIFT
         return Budget(min(budget.sndbuf, most), min(budget.rcvbuf, most), min(budget.pages, self._fixed))
 
     def release(self, user: object) -> None:
@@ -139,7 +147,8 @@ class Reserve:
             least = default_min_pages(pages.pages)
             wanted = sum(budget.pages for budget in self._budgets.values())
             if wanted:
-                wanted += self.ring_pages()
+                self._rings_hold = self.ring_pages()
+                wanted += self._rings_hold
             if wanted > max(pages.pages // SHARE_MAX, least):
                 raise OSError(
                     errno.ENOMEM,

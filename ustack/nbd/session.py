@@ -346,7 +346,7 @@ class Session:
         reserve = self._reserve
         if reserve is not None:
             admission.limit_bytes(depth * self._request_size)
-            admission.may_begin = lambda: bool(reserve.more_than_half_free)
+            admission.may_begin = reserve.may_begin
         return admission
 
     # -- what connections say ------------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 A memalloc connection with Q requests of up to B bytes has its worst moment either when all of them are writes that the peer
 has not acknowledged, or when all are reads whose answers came out of order behind one lost segment. So for each connection
 
-    pages = max(TX, RX) + CTL
+    pages = max(2 * TX, RX) + CTL
 
 * TX: Q writes in the send queue, and one more of its buffers, because a buffer goes only when its last byte is acknowledged.
-  Nothing waits below the send queue: sending is synchronous.
+  Nothing waits below the send queue: sending is synchronous. Twice, because a new request begins only while more than half is
+  free (`Reserve.may_begin`): what Q writes take is that half. A read takes its memory when the answer comes, so RX may be all.
 * RX: Q answers in the out-of-order queue, cut into segments of the path's MTU, as the receive ring keeps them.
 * CTL: what waits for the peer's address to be resolved (`RESERVE_FRAMES`). ARP itself, pure ACKs and window updates take no
   memory.
@@ -112,7 +113,7 @@ def budget(
     """
     sndbuf, send_pages = _sending(make_pool, demand, link, sndbuf_max)
     rcvbuf, receive_pages = _receiving(make_pool, demand, link, rcvbuf_max)
-    return Budget(sndbuf, rcvbuf, max(send_pages, receive_pages) + _control(make_pool, link))
+    return Budget(sndbuf, rcvbuf, max(2 * send_pages, receive_pages) + _control(make_pool, link))
 
 
 def _sending(make_pool: Callable[[PageAllocator], Pool], demand: Demand, link: Link, limit: int) -> tuple[int, int]:
