@@ -89,6 +89,17 @@ class Pool(ABC):
     def free_head(self, addr: int, cpu: int = 0, group: int = NULL) -> None:
         """Give back a packet head."""
 
+    def alloc_fclone(self, gfp: int, cpu: int = 0, group: int = NULL) -> int:
+        """Allocate two heads in one piece, for a packet that is going to be cloned, and return the address of the first, or
+        `NULL`; the second lies `SKB_HEAD_SIZE` bytes further on (skbuff_fclone_cache). A pool that does not have such pieces
+        has no memory for them either.
+        """
+        return NULL
+
+    def free_fclone(self, addr: int, cpu: int = 0, group: int = NULL) -> None:
+        """Give two heads back that were allocated in one piece, when neither is used any more. Raises `DoubleFree`."""
+        raise DoubleFree(f"no pair of heads at {addr:#x} is allocated")
+
     def link(self, group: int, other: int) -> None:  # noqa: B027 (a pool without groups has nothing to do)
         """Join the groups of two live objects, so that either is a valid `group` for the objects of both (srog_link)."""
 

@@ -1,5 +1,5 @@
-"""The `kmalloc` pool: what the stack would have in the kernel of 2006. General SLAB caches by size, and one cache for
-packet heads.
+"""The `kmalloc` pool: what the stack would have in the kernel of 2006. General SLAB caches by size, a cache for packet heads,
+and one for pairs of them: what the kernel sends is cloned at once, and the clone's head lies next to the packet's own.
 
 The sizes are those of include/linux/kmalloc_sizes.h for 4 KiB pages and 64-byte cache lines: powers of two from 32 bytes to
 128 KiB, and 192. A request takes the next larger object, which is the waste that the other side of the dispute complained
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 SIZES: Final = (32, 64, 128, 192, *(256 << shift for shift in range(10)))
 """Bytes of the objects of the general caches."""
 
+FCLONE_SIZE: Final = 2 * SKB_HEAD_SIZE + 4
+"""Bytes of two heads and of the reference count behind them (struct sk_buff_fclones)."""
+
 LANES: Final = 4
 """How many lanes a pool knows by default: receive, transmit, and two for workers."""
 
@@ -37,7 +40,7 @@ class KmallocPool(Pool):
     When there are no pages, the free slabs of all caches are reaped once before the reserve is used or the allocation fails.
     """
 
-    __slots__ = ("_by_granules", "_caches", "_heads", "_slab_map", "_slab_of")
+    __slots__ = ("_by_granules", "_caches", "_fclones", "_heads", "_slab_map", "_slab_of")
 
     name = "kmalloc"
 
@@ -54,7 +57,10 @@ class KmallocPool(Pool):
         self._heads = KmemCache(
             pages, slab_map, "skbuff_head_cache", SKB_HEAD_SIZE, lanes=lanes, general=tuple(general), shrink=self._shrink
         )
-        self._caches = (*general, self._heads)
+        self._fclones = KmemCache(
+            pages, slab_map, "skbuff_fclone_cache", FCLONE_SIZE, lanes=lanes, general=tuple(general), shrink=self._shrink
+        )
+        self._caches = (*general, self._heads, self._fclones)
         self._by_granules: list[KmemCache] = [general[0]]  # by size in granules, rounded up
         for cache in general:
             self._by_granules.extend([cache] * ((cache.size >> GRANULE_SHIFT) + 1 - len(self._by_granules)))
@@ -85,7 +91,7 @@ class KmallocPool(Pool):
     def free(self, addr: int, size: int, cpu: int = 0, group: int = NULL) -> None:
         """Give data back to the lane `cpu`."""
         slab = self._slab_of[addr >> PAGE_SHIFT]
-        if slab is None or slab.cache is self._heads:
+        if slab is None or slab.cache is self._heads or slab.cache is self._fclones:
             raise DoubleFree(f"no data at {addr:#x} is allocated")
         cache = slab.cache
         cache.free(addr, cpu)
@@ -106,7 +112,7 @@ class KmallocPool(Pool):
         From now on it serves the requests that fit it and no smaller class; objects that are alive stay where they are. Raises
         `ValueError` for a size that has a class, and for one that is not between the smallest and the largest class.
         """
-        *general, heads = self._caches
+        *general, heads, fclones = self._caches
         size = object_size(size)
         place = bisect_left(general, size, key=lambda cache: cache.size)
         if not 0 < place < len(general) or general[place].size == size:
@@ -115,7 +121,7 @@ class KmallocPool(Pool):
         name = f"size-{size}"
         cache = KmemCache(self.pages, self._slab_map, name, size, lanes=lanes, general=tuple(general), shrink=self._shrink)
         general.insert(place, cache)
-        self._caches = (*general, heads)
+        self._caches = (*general, heads, fclones)
         first, last = (general[place - 1].size >> GRANULE_SHIFT) + 1, size >> GRANULE_SHIFT
         self._by_granules[first : last + 1] = [cache] * (last + 1 - first)
         return cache
@@ -149,6 +155,34 @@ class KmallocPool(Pool):
         stats.frees += 1
         stats.requested -= SKB_HEAD_SIZE
         stats.charged -= heads.size
+
+    def alloc_fclone(self, gfp: int, cpu: int = 0, group: int = NULL) -> int:
+        """Allocate an object of `skbuff_fclone_cache`: two heads, and a count of those in use."""
+        fclones = self._fclones
+        stats = self.stats
+        addr = fclones.alloc(gfp, cpu)
+        if addr < 0:
+            stats.failures += 1
+            return NULL
+        self.pfmemalloc = fclones.pfmemalloc
+        stats.allocs += 1
+        stats.requested += 2 * SKB_HEAD_SIZE
+        stats.requested_peak = max(stats.requested_peak, stats.requested)
+        stats.charged += fclones.size
+        stats.charged_peak = max(stats.charged_peak, stats.charged)
+        return addr
+
+    def free_fclone(self, addr: int, cpu: int = 0, group: int = NULL) -> None:
+        """Give a pair of heads back to the lane `cpu`."""
+        fclones = self._fclones
+        slab = self._slab_of[addr >> PAGE_SHIFT]
+        if slab is None or slab.cache is not fclones:
+            raise DoubleFree(f"no pair of heads at {addr:#x} is allocated")
+        fclones.free(addr, cpu)
+        stats = self.stats
+        stats.frees += 1
+        stats.requested -= 2 * SKB_HEAD_SIZE
+        stats.charged -= fclones.size
 
     def reap(self) -> int:
         """Empty the arrays of all caches and give back all free slabs."""
@@ -207,8 +241,12 @@ class KmallocPool(Pool):
         return max((cache.size for cache in self._caches if cache.has_free()), default=0)
 
     def caches(self) -> tuple[KmemCache, ...]:
-        """All caches: the general ones by ascending size, then the one of the heads."""
+        """All caches: the general ones by ascending size, then those of heads and of pairs of them."""
         return self._caches
+
+    def general_caches(self) -> tuple[KmemCache, ...]:
+        """The general caches, by ascending size: the size classes."""
+        return self._caches[:-2]
 
     def slabinfo(self) -> str:
         """The state of all caches in the format of /proc/slabinfo."""

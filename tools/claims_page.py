@@ -45,6 +45,7 @@ WORKLOADS: Final = {
     "odd": "Local sockets: any size from 64 bytes to 16 KiB",
     "grains": "19, 37 and 79 grains of 64 bytes in equal shares, no heads",
     "long-lived": "The bulk transfer, with 2% that stay",
+    "sent": "The bulk transfer as its sender has it: each packet with a clone, so that it takes two heads",
     "burst": "1500 packets of a bulk transfer, of which 15 are left in the end",
     "standing": "400 packets, of which now and then one is replaced",
 }

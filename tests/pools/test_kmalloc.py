@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pools.arena import PAGE_SIZE, Arena
-from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
+from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool, by_name
 from pools.buddy import PageAllocator
 from pools.gfp import ATOMIC, MEMALLOC
 from pools.kmalloc import LANES, KmallocPool
@@ -30,7 +30,7 @@ def new_pool(pages: int = 512, min_pages: int = 0, lanes: int = LANES) -> Kmallo
 def test_general_caches_are_those_of_a_kernel_with_64_byte_lines() -> None:
     names = [cache.name for cache in new_pool().caches()]
     sizes = (32, 64, 128, 192, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-    assert names == [*(f"size-{size}" for size in sizes), "skbuff_head_cache"]
+    assert names == [*(f"size-{size}" for size in sizes), "skbuff_head_cache", "skbuff_fclone_cache"]
 
 
 @pytest.mark.parametrize(
@@ -208,3 +208,30 @@ def test_compaction_leaves_what_may_not_move() -> None:
     assert pool.compact(frozenset(), lambda old, new: pytest.fail(f"{old:#x} was moved")) >= 0
     for addr in live:
         pool.free(addr, 1500)
+
+
+def test_a_pair_of_heads_comes_in_one_piece_from_a_cache_of_its_own() -> None:
+    pool = KmallocPool(PageAllocator(Arena(64)), lanes=1)
+    pairs = [pool.alloc_fclone(ATOMIC) for _ in range(10)]
+    assert len({pair >> 9 for pair in pairs}) == 10  # 468 bytes each, in whole cache lines
+    assert any(line.startswith("skbuff_fclone_cache") and " 512 " in line for line in pool.slabinfo().splitlines())
+    assert pool.stats.charged == 10 * 512
+    with pytest.raises(DoubleFree):
+        pool.free_head(pairs[0])
+    with pytest.raises(DoubleFree):
+        pool.free(pairs[0], 468)
+    for pair in pairs:
+        pool.free_fclone(pair)
+    with pytest.raises(DoubleFree):
+        pool.free_fclone(pairs[0])
+    pool.check()
+    pool.reap()
+    assert pool.held_pages() == 0
+    assert pool.alloc_fclone(ATOMIC) != NULL
+
+
+def test_a_pool_without_pairs_has_none() -> None:
+    pool = by_name("nta")(PageAllocator(Arena(64)))
+    assert pool.alloc_fclone(ATOMIC) == NULL
+    with pytest.raises(DoubleFree):
+        pool.free_fclone(0)

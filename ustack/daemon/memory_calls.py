@@ -30,7 +30,7 @@ def _kmalloc(stack: Stack) -> KmallocPool:
 
 def classes(stack: Stack) -> list[int]:
     """The sizes of the general caches in bytes, ascending. Raises OSError EOPNOTSUPP for a pool without any."""
-    return [cache.size for cache in _kmalloc(stack).caches() if cache.name.startswith("size-")]
+    return [cache.size for cache in _kmalloc(stack).general_caches()]
 
 
 def add_class(stack: Stack, size: object) -> list[int]:

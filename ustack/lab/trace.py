@@ -40,15 +40,18 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """Steps with a name, which is one word. `heads`: each packet has a head. What is not freed is alive at the end."""
+    """Steps with a name, which is one word. `heads`: each packet has a head; `clones`: and a clone as well, as what the kernel
+    sends has, so that it takes two heads. What is not freed is alive at the end.
+    """
 
     name: str
     steps: tuple[Step, ...]
     heads: bool = True
+    clones: bool = False
 
     def dumps(self) -> str:
         """The trace as text."""
-        lines = [f"{MAGIC} {self.name} {'heads' if self.heads else 'data'}"]
+        lines = [f"{MAGIC} {self.name} {'clones' if self.clones else 'heads' if self.heads else 'data'}"]
         for packet, size, lane, socket in self.steps:
             lines.append(f"+ {packet} {size} {lane} {socket}" if size else f"- {packet} {lane}")
         return "\n".join(lines) + "\n"
@@ -72,8 +75,8 @@ def loads(text: str) -> Trace:
     """Read a trace. Raises `ValueError` with the number of the line that is wrong."""
     lines = text.splitlines()
     title = lines[0].split() if lines else []
-    if len(title) != 3 or title[0] != MAGIC or title[2] not in ("heads", "data"):
-        raise ValueError(f"line 1: a trace begins with '{MAGIC} NAME heads' or '{MAGIC} NAME data'")
+    if len(title) != 3 or title[0] != MAGIC or title[2] not in ("heads", "data", "clones"):
+        raise ValueError(f"line 1: a trace begins with '{MAGIC} NAME heads', '{MAGIC} NAME data' or '{MAGIC} NAME clones'")
     steps = []
     live: set[int] = set()
     for number, line in enumerate(lines[1:], 2):
@@ -90,7 +93,7 @@ def loads(text: str) -> Trace:
             steps.append(Step(values[0], 0, values[1]))
         else:
             raise ValueError(f"line {number}: {line!r} is neither '+ packet size lane socket' nor '- packet lane' of one alive")
-    return Trace(title[1], tuple(steps), heads=title[2] == "heads")
+    return Trace(title[1], tuple(steps), heads=title[2] != "data", clones=title[2] == "clones")
 
 
 def make_pool(name: str, pages: int = ARENA_PAGES, **options: object) -> Pool:
@@ -138,12 +141,16 @@ class Result:
 
 
 class LivePacket(NamedTuple):
-    """A packet in a pool. `head` is `NULL` if it has none."""
+    """A packet in a pool. `head` is `NULL` if it has none; `clone` is the head of its clone, `NULL` where that is in one piece
+    with its own.
+    """
 
     addr: int
     size: int
     socket: int
     head: int
+    clone: int = NULL
+    pair: bool = False
 
 
 @dataclass
@@ -152,6 +159,7 @@ class Replay:
 
     pool: Pool
     heads: bool = True
+    clones: bool = False
     live: dict[int, LivePacket] = field(default_factory=dict)
     failures: int = 0
 
@@ -162,23 +170,44 @@ class Replay:
         if addr == NULL:
             self.failures += 1
             return None
-        head = NULL
-        if self.heads:
-            head = pool.alloc_head(ATOMIC, lane, addr)
-            if head == NULL:
-                pool.free(addr, size, lane)
-                self.failures += 1
-                return None
-        made = self.live[packet] = LivePacket(addr, size, socket, head)
+        made = self._with_heads(LivePacket(addr, size, socket, NULL), lane)
+        if made is None:
+            pool.free(addr, size, lane)
+            self.failures += 1
+            return None
+        self.live[packet] = made
         return made
+
+    def _with_heads(self, packet: LivePacket, lane: int) -> LivePacket | None:
+        pool, addr = self.pool, packet.addr
+        if not self.heads:
+            return packet
+        if self.clones:
+            failures = pool.stats.failures
+            pair = pool.alloc_fclone(ATOMIC, lane, addr)
+            if pair != NULL:
+                return packet._replace(head=pair, pair=True)
+            pool.stats.failures = failures  # the pool has no pairs: two heads do as well
+        head = pool.alloc_head(ATOMIC, lane, addr)
+        if head == NULL or not self.clones:
+            return packet._replace(head=head) if head != NULL else None
+        clone = pool.alloc_head(ATOMIC, lane, addr)
+        if clone == NULL:
+            pool.free_head(head, lane, addr)
+            return None
+        return packet._replace(head=head, clone=clone)
 
     def free(self, packet: int, lane: int = 0) -> None:
         """Free a packet; one that was refused is none of ours."""
         gone = self.live.pop(packet, None)
         if gone is None:
             return
-        if gone.head != NULL:
-            self.pool.free_head(gone.head, lane, gone.addr)
+        if gone.pair:
+            self.pool.free_fclone(gone.head, lane, gone.addr)
+        else:
+            for head in (gone.clone, gone.head):
+                if head != NULL:
+                    self.pool.free_head(head, lane, gone.addr)
         self.pool.free(gone.addr, gone.size, lane)
 
     def step(self, step: Step) -> None:
@@ -226,4 +255,4 @@ class Replay:
 
 def replay(trace: Trace, name: str, pages: int = ARENA_PAGES, **options: object) -> Result:
     """Replay a trace on a new pool of that name."""
-    return Replay(make_pool(name, pages, **options), trace.heads).run(trace.steps)
+    return Replay(make_pool(name, pages, **options), trace.heads, trace.clones).run(trace.steps)

@@ -7,6 +7,7 @@ the end.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from heapq import heappop, heappush
 from random import Random
 from typing import TYPE_CHECKING, Final
@@ -110,6 +111,7 @@ def workloads(seed: int, *, packets: int = 3000, live: int = 400) -> dict[str, T
             churn("odd", odd, packets=packets, live=live, seed=seed),
             churn("grains", grains, packets=packets, live=live, seed=seed, heads=False),
             churn("long-lived", mtu_and_ack, packets=packets, live=live, seed=seed, long_lived=0.02),
+            replace(churn("sent", mtu_and_ack, packets=packets, live=live, seed=seed), clones=True),
             burst("burst", mtu_and_ack, packets=packets // 2, left=packets // 200, seed=seed),
             standing("standing", mtu_and_ack, packets=live, seed=seed),
         )

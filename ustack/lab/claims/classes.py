@@ -99,7 +99,7 @@ def adapting(trace: Trace, *, every: int) -> Result:
             seen: dict[int, float] = {}
             for packet in run.live.values():
                 seen[packet.size] = seen.get(packet.size, 0) + 1
-            given = tuple(cache.size for cache in pool.caches()[:-1])
+            given = tuple(cache.size for cache in pool.general_caches())
             for size in advise(seen, room, classes=given).classes:
                 pool.add_class(size)
                 room -= 1

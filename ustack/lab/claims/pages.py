@@ -216,7 +216,7 @@ def heads_of_others(terms: Terms) -> Outcome:
     pool.reap()
     run.run(stays.steps)
     pool.reap()
-    heads = pool.caches()[-1]
+    heads = next(cache for cache in pool.caches() if cache.name == "skbuff_head_cache")
     needed = -(-heads.live_objects() // heads.num)
     waste = heads.held_pages() - needed
     others = pool.held_pages() - heads.held_pages()
