@@ -16,6 +16,9 @@ class Mib:
         "IcmpOutEchoReps",
         "IcmpOutMsgs",
         "IcmpOutTimeExcds",
+        "Ip6FragCreates",
+        "Ip6FragFails",
+        "Ip6FragOKs",
         "Ip6OutRequests",
         "IpFragCreates",
         "IpFragFails",
@@ -107,6 +110,12 @@ class Mib:
         """ICMP messages sent: errors, replies, and echo requests of our own."""
         self.IcmpOutTimeExcds = 0
         """"Time exceeded" messages sent."""
+        self.Ip6FragCreates = 0
+        """IPv6 fragments sent."""
+        self.Ip6FragFails = 0
+        """IPv6 packets that were too long for their path and must not, or could not, be sent as fragments."""
+        self.Ip6FragOKs = 0
+        """IPv6 packets that were sent as fragments."""
         self.Ip6OutRequests = 0
         """IPv6 packets that a protocol asked to send, those dropped on the way included."""
         self.IpFragCreates = 0

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ustack.mem.socket import SOCK_MIN_SNDBUF
-from ustack.net.path import HOPS_DEFAULT
+from ustack.net.path import HOPS_DEFAULT, PMTUDISC_DONT, PMTUDISC_PROBE
 from ustack.transport.tcp.congestion import CONTROLS
 from ustack.transport.tcp.connection import QUICK_ACKS
 from ustack.transport.tcp.fastopen import CLIENT
@@ -56,6 +56,10 @@ TCP_FASTOPEN_CONNECT: Final = 30
 
 FIN_TIMEOUT_MAX: Final = 120
 """Seconds of TCP_LINGER2 from which on a closed connection waits for no FIN at all (tcp(7))."""
+
+IP_MTU_DISCOVER: Final = 10
+IP_MTU: Final = 14
+"""Options of linux/in.h that the socket module has no names for."""
 
 Setter = Callable[["Socket", int, int | bytes], None]
 Getter = Callable[["Socket"], int | bytes]
@@ -242,6 +246,16 @@ def _get_sndbuf(sock: Socket) -> int:
     return sock.options.sndbuf or config.wmem_default
 
 
+def _get_mtu(sock: Socket) -> int:
+    """The path MTU of a connected socket, in bytes (ip(7))."""
+    if sock.stream is not None:
+        return sock.stream.path.mtu
+    mtu = None if sock.datagram is None else sock.datagram.path_mtu
+    if mtu is None:
+        raise _error(errno.ENOTCONN)
+    return mtu
+
+
 SETTERS: Final[dict[tuple[int, int], Setter]] = {
     (names.SOL_SOCKET, names.SO_RCVBUF): lambda sock, _, value: _set_buffer(sock, "rcvbuf", SOCK_MIN_RCVBUF, value),
     (names.SOL_SOCKET, names.SO_SNDBUF): lambda sock, _, value: _set_buffer(sock, "sndbuf", SOCK_MIN_SNDBUF, value),
@@ -273,6 +287,9 @@ SETTERS: Final[dict[tuple[int, int], Setter]] = {
     ),
     (names.IPPROTO_IP, names.IP_TOS): lambda sock, _, value: _set_within(sock, "tos", value, 0, 255),
     (names.IPPROTO_IP, names.IP_TTL): lambda sock, _, value: _set_within(sock, "ttl", value, 1, 255),
+    (names.IPPROTO_IP, IP_MTU_DISCOVER): lambda sock, _, value: _set_within(
+        sock, "pmtudisc", value, PMTUDISC_DONT, PMTUDISC_PROBE
+    ),
 }
 
 GETTERS: Final[dict[tuple[int, int], Getter]] = {
@@ -311,4 +328,6 @@ GETTERS: Final[dict[tuple[int, int], Getter]] = {
     (names.IPPROTO_TCP, names.TCP_USER_TIMEOUT): lambda sock: round(sock.options.user_timeout * 1000),
     (names.IPPROTO_IP, names.IP_TOS): lambda sock: sock.options.tos,
     (names.IPPROTO_IP, names.IP_TTL): lambda sock: sock.options.ttl or HOPS_DEFAULT,
+    (names.IPPROTO_IP, IP_MTU_DISCOVER): lambda sock: sock.options.pmtudisc,
+    (names.IPPROTO_IP, IP_MTU): _get_mtu,
 }

@@ -108,21 +108,21 @@ def test_ping_measures_over_a_wire(make_host: Callable[..., Host]) -> None:
 
 
 def test_ping_learns_that_nobody_is_there(host: BenchHost) -> None:
-    errors: list[tuple[int, int, bytes, int]] = []
+    errors: list[tuple[int, int, bytes, int, bytes]] = []
     echo = host.ipv4.icmp.open_echo(lambda *_: None, lambda *error: errors.append(error))
     echo.send(host.peer, 3, b"payload")
     for _ in range(3):
         host.wait(1.0)
-    assert errors == [(icmp.ICMP_DEST_UNREACH, icmp.ICMP_HOST_UNREACH, host.peer, 3)]
+    assert errors == [(icmp.ICMP_DEST_UNREACH, icmp.ICMP_HOST_UNREACH, host.peer, 3, host.address)]
 
 
 def test_ping_is_told_when_its_packets_ran_out_of_hops(host: BenchHost) -> None:
-    errors: list[tuple[int, int, bytes, int]] = []
+    errors: list[tuple[int, int, bytes, int, bytes]] = []
     echo = host.ipv4.icmp.open_echo(lambda *_: None, lambda *error: errors.append(error))
     request = echo_request(b"payload", echo.ident, 4)
     quoted = ipv4.build_header(host.address, ip("10.0.0.9"), ipv4.IPPROTO_ICMP, len(request)) + request
     host.arrive_ip(ipv4.IPPROTO_ICMP, icmp.build_header(icmp.ICMP_TIME_EXCEEDED, 0, 0, 0, [quoted]) + quoted)
-    assert errors == [(icmp.ICMP_TIME_EXCEEDED, 0, ip("10.0.0.9"), 4)]
+    assert errors == [(icmp.ICMP_TIME_EXCEEDED, 0, ip("10.0.0.9"), 4, host.peer)]
 
 
 def believe(host: BenchHost) -> list[tuple[Any, ...]]:

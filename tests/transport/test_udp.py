@@ -16,6 +16,7 @@ from tests.net.host import OFFLOADS, BenchHost, Host, ip
 from ustack.lab.world import World
 from ustack.link.rxring import LinearRing, PagedRing
 from ustack.link.simwire import SimWire
+from ustack.net.path import PMTUDISC_DO, PMTUDISC_PROBE
 from ustack.transport.events import READABLE, SHUT_RD, SHUT_WR, WRITABLE
 from ustack.transport.options import SocketOptions
 from ustack.wire import ethernet, icmp, ipv4, udp
@@ -248,8 +249,8 @@ def test_a_broadcast_needs_permission(host: BenchHost) -> None:
         assert host.take_sent()[0][:6] == ethernet.BROADCAST
 
 
-def test_nothing_is_fragmented(host: BenchHost) -> None:
-    socket = bound(host, 1000)
+def test_what_must_not_be_cut_is_refused(host: BenchHost) -> None:
+    socket = bound(host, 1000, pmtudisc=PMTUDISC_DO)
     assert socket.sendto_nowait(bytes(1472), (host.peer, 2000)) == 1472
     with raises(errno.EMSGSIZE):
         socket.sendto_nowait(bytes(1473), (host.peer, 2000))
@@ -432,7 +433,7 @@ def test_an_error_about_another_conversation_is_not_believed(host: BenchHost) ->
 
 
 def test_a_narrower_path_is_learned_from_a_datagram_that_did_not_fit(host: BenchHost) -> None:
-    socket = bound(host, 1000)
+    socket = bound(host, 1000, pmtudisc=PMTUDISC_DO)
     socket.connect(host.peer, 2000)
     icmp_error(host, 3, 4, 1000, mtu=900)
     with raises(errno.EMSGSIZE):
@@ -440,6 +441,10 @@ def test_a_narrower_path_is_learned_from_a_datagram_that_did_not_fit(host: Bench
     socket.sendto_nowait(bytes(872))
     with raises(errno.EMSGSIZE):
         socket.sendto_nowait(bytes(873))
+    socket.options.pmtudisc = PMTUDISC_PROBE  # what the path is said to take does not count
+    socket.sendto_nowait(bytes(1472))
+    with raises(errno.EMSGSIZE):
+        socket.sendto_nowait(bytes(1473))
 
 
 def test_an_error_can_be_asked_for_once(host: BenchHost) -> None:

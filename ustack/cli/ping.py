@@ -21,9 +21,20 @@ from ustack.cli.control import Control, control_option
 @click.option(
     "-W", "timeout", type=click.FloatRange(min=0), default=10.0, show_default=True, help="Seconds to wait for the last reply."
 )
+@click.option("-t", "ttl", type=click.IntRange(1, 255), default=64, show_default=True, help="Time to live.")
+@click.option(
+    "-M",
+    "pmtudisc",
+    type=click.Choice(["do", "want", "dont", "probe"]),
+    default="want",
+    show_default=True,
+    help="What is longer than the path MTU: refused (do), cut here (want), cut anywhere (dont); probe knows the device's only.",
+)
 @click.option("-q", "quiet", is_flag=True, help="Only the summary.")
 @control_option
-def ping(host: str, count: int | None, interval: float, size: int, timeout: float, quiet: bool, control: str) -> None:
+def ping(
+    host: str, count: int | None, interval: float, size: int, timeout: float, ttl: int, pmtudisc: str, quiet: bool, control: str
+) -> None:
     """Send echo requests to ADDRESS over the daemon's stack.
 
     Exit code: 0 when there was a reply, 1 when there was none, 2 for an error.
@@ -31,7 +42,9 @@ def ping(host: str, count: int | None, interval: float, size: int, timeout: floa
     try:
         with Control(control) as daemon:
             click.echo(f"PING {host} ({host}) {size}({size + 28}) bytes of data.")
-            daemon.send("ping", host=host, count=count, interval=interval, size=size, timeout=timeout)
+            daemon.send(
+                "ping", host=host, count=count, interval=interval, size=size, timeout=timeout, ttl=ttl, pmtudisc=pmtudisc
+            )
             summary, times = _follow(daemon, quiet)
     except OSError as error:
         click.echo(f"ping: {error.strerror or error}", err=True)
@@ -58,6 +71,8 @@ def _follow(daemon: Control, quiet: bool) -> tuple[dict[str, Any], list[float]]:
 
 def _line(event: dict[str, Any]) -> str:
     if "bytes" not in event:
+        if "from" in event:
+            return f"From {event['from']} icmp_seq={event['seq']} {event['error']}"
         return f"To {event['to']} icmp_seq={event['seq']} {event['error']}"
     line = f"{event['bytes']} bytes from {event['from']}: icmp_seq={event['seq']} ttl={event['ttl']}"
     if event["time"] is not None:

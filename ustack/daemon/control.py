@@ -248,6 +248,8 @@ class Session(asyncio.Protocol):
         interval: float = 1.0,
         size: int = 56,
         timeout: float = 10.0,  # noqa: ASYNC109
+        ttl: int = 0,
+        pmtudisc: str = "want",
     ) -> None:
         self._series = series = PingSeries(
             self._server.stack,
@@ -256,6 +258,8 @@ class Session(asyncio.Protocol):
             interval=interval,
             size=size,
             timeout=timeout,
+            ttl=ttl,
+            pmtudisc=pmtudisc,
             report=lambda event: self._send({"event": event}),
         )
         try:

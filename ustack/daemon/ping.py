@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
+from ustack.net.path import PMTUDISC_DO, PMTUDISC_DONT, PMTUDISC_PROBE, PMTUDISC_WANT
 from ustack.socket import pack_host, unpack_host
 from ustack.wire import icmp
 
@@ -22,6 +24,9 @@ PAYLOAD_MAX: Final = 65507
 
 INTERVAL_MIN: Final = 0.002
 """Seconds between two requests at least, as ping allows its users."""
+
+PMTUDISC: Final = {"dont": PMTUDISC_DONT, "want": PMTUDISC_WANT, "do": PMTUDISC_DO, "probe": PMTUDISC_PROBE}
+"""What may become of requests that are longer than the path MTU, by the names of ping -M."""
 
 _MASK: Final = 0xFFFF
 
@@ -38,7 +43,8 @@ class PingSeries:
     """Sends `count` requests with `size` bytes of payload to `host`, one every `interval` seconds (None: until stopped).
 
     `report` is called with each thing that happens, as a dict for JSON: a reply (`seq`, `bytes`, `ttl`, `time` in seconds,
-    `duplicate`) or an error (`seq`, `error`). After the last request it waits up to `timeout` seconds for its reply.
+    `duplicate`) or an error (`seq`, `error`, and
+    `from` when another host reported it). After the last request it waits up to `timeout` seconds for its reply.
     """
 
     def __init__(
@@ -50,6 +56,8 @@ class PingSeries:
         interval: float,
         size: int,
         timeout: float,
+        ttl: int = 0,
+        pmtudisc: str = "want",
         report: Callable[[dict[str, Any]], None],
     ) -> None:
         """Raises gaierror when `host` is not an address, ValueError for a size, a count or a time that cannot be."""
@@ -57,6 +65,10 @@ class PingSeries:
             raise ValueError(f"a payload has 0 to {PAYLOAD_MAX} bytes, not {size}")
         if (count is not None and count < 1) or interval < INTERVAL_MIN or timeout < 0:
             raise ValueError(f"count must be at least 1, interval at least {INTERVAL_MIN:g} s, timeout at least 0 s")
+        if not 0 <= ttl <= 255:
+            raise ValueError(f"a time to live is at most 255, not {ttl}")
+        if pmtudisc not in PMTUDISC:
+            raise ValueError(f"pmtudisc is one of {', '.join(PMTUDISC)}, not {pmtudisc!r}")
         packed = pack_host(host)
         if packed is None:
             raise ValueError(f"{host!r} is no address to ping")
@@ -65,6 +77,8 @@ class PingSeries:
         self._count = count
         self._interval = interval
         self._timeout = timeout
+        self._ttl = ttl
+        self._pmtudisc = PMTUDISC[pmtudisc]
         self._payload = os.urandom(size)
         self._report = report
         self._waiting: dict[int, tuple[int, float]] = {}  # by sequence number on the wire: which request, and when it was sent
@@ -114,8 +128,13 @@ class PingSeries:
         self._waiting[on_wire] = (self.sent, perf_counter())
         self._answered.discard(on_wire)
         self._stack.tick()
-        if not echo.send(self._dst, on_wire, self._payload):
-            self._forget(on_wire, "not sent: it does not fit the path MTU, or the device is full")
+        try:
+            if not echo.send(self._dst, on_wire, self._payload, self._ttl, self._pmtudisc):
+                self._forget(on_wire, "not sent: the device is full")
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE:
+                raise
+            self._forget(on_wire, str(error.strerror).lower())
 
     def _on_reply(self, src: bytes, seq: int, payload: bytes, ttl: int) -> None:
         now = perf_counter()
@@ -143,18 +162,23 @@ class PingSeries:
         self._report(event)
         self._check_done()
 
-    def _on_error(self, kind: int, code: int, dst: bytes, seq: int) -> None:
+    def _on_error(self, kind: int, code: int, dst: bytes, seq: int, reporter: bytes) -> None:
         what = _UNREACHABLE.get(code, f"Destination Unreachable, code {code}")
         if kind == icmp.ICMP_TIME_EXCEEDED:
-            what = "Time to live exceeded"
-        self._forget(seq, what)
+            what = "Frag reassembly time exceeded" if code == icmp.ICMP_EXC_FRAGTIME else "Time to live exceeded"
+        elif kind == icmp.ICMP_PARAMETERPROB:
+            what = "Parameter problem"
+        self._forget(seq, what, reporter)
 
-    def _forget(self, seq: int, why: str) -> None:
+    def _forget(self, seq: int, why: str, reporter: bytes | None = None) -> None:
         known = self._waiting.pop(seq, None)
         if known is None:
             return
         self.errors += 1
-        self._report({"to": unpack_host(self._dst), "seq": known[0], "error": why})
+        event = {"to": unpack_host(self._dst), "seq": known[0], "error": why}
+        if reporter is not None:
+            event["from"] = unpack_host(reporter)
+        self._report(event)
         self._check_done()
 
     def _check_done(self) -> None:

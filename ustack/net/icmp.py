@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from ustack.drops import DropReason
 from ustack.net.icmp_limit import ErrorLimiter
-from ustack.net.path import PMTU_MIN
+from ustack.net.path import PMTU_MIN, PMTUDISC_DO, PMTUDISC_WANT
 from ustack.wire import ethernet, icmp, ipv4
 from ustack.wire.checksum import finish, ones_sum_views
 
@@ -49,12 +49,13 @@ class Icmp:
     who knows for an error in a buffer from the reserve whether it may be handled. Everything else in such a buffer is dropped.
     """
 
-    __slots__ = ("_drops", "_echoes", "_ipv4", "_limiter", "_mib", "error_handlers", "memalloc_owners")
+    __slots__ = ("_drops", "_echoes", "_ipv4", "_limiter", "_mib", "_reporter", "error_handlers", "memalloc_owners")
 
     def __init__(self, ipv4_layer: Ipv4) -> None:
         self._ipv4 = ipv4_layer
         self._drops = ipv4_layer.env.drops
         self._mib = ipv4_layer.env.mib
+        self._reporter = b""  # who sent the error that is being processed
         self._limiter = ErrorLimiter(ipv4_layer.env)
         self._echoes: dict[int, Echo] = {}
         self.error_handlers: dict[int, ErrorHandler] = {ipv4.IPPROTO_ICMP: self._on_echo_error}
@@ -130,6 +131,7 @@ class Icmp:
                 self._drops.count(DropReason.PFMEMALLOC)
                 return
         handler = self.error_handlers.get(quoted.protocol)
+        self._reporter = packet.src
         usable = max(mtu, PMTU_MIN) if frag_needed else 0
         if handler is None or not handler(kind, code, usable, quoted.src, quoted.dst, l4):
             self._refuse(DropReason.ICMP_MALFORMED)
@@ -142,7 +144,8 @@ class Icmp:
         header = ipv4.parse_header(frame, ethernet.HEADER_LEN, len(frame))
         assert header is not None, "we built it"
         handler = self.error_handlers.get(header.protocol)
-        if handler is not None:
+        if handler is not None and not header.frag & ipv4.IP_OFFSET:
+            self._reporter = header.src
             l4 = bytes(frame[ethernet.HEADER_LEN + header.ihl :])
             handler(icmp.ICMP_DEST_UNREACH, icmp.ICMP_HOST_UNREACH, 0, header.src, header.dst, l4)
 
@@ -205,12 +208,13 @@ class Icmp:
     # -- echo of our own --
 
     def open_echo(
-        self, on_reply: Callable[[bytes, int, bytes, int], None], on_error: Callable[[int, int, bytes, int], None]
+        self, on_reply: Callable[[bytes, int, bytes, int], None], on_error: Callable[[int, int, bytes, int, bytes], None]
     ) -> Echo:
         """An echo client with an identifier of its own.
 
-        `on_reply(src, seq, payload, ttl)` is called for every reply, duplicates included; `on_error(type, code, dst, seq)` for
-        every ICMP error about a request. Raises OSError EADDRINUSE when all identifiers are taken.
+        `on_reply(src, seq, payload, ttl)` is called for every reply, duplicates included; `on_error(type, code, dst, seq,
+        reporter)` for every ICMP error about a request, which the host `reporter` sent (ourselves, when a neighbour is silent).
+        Raises OSError EADDRINUSE when all identifiers are taken.
         """
         if len(self._echoes) > 0xFFFF:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
@@ -225,16 +229,20 @@ class Icmp:
         echo = self._echoes.get(ident)
         if quoted_kind != icmp.ICMP_ECHO or echo is None:
             return False
-        echo.on_error(kind, code, dst, seq)
+        echo.on_error(kind, code, dst, seq, self._reporter)
         return True
 
-    def send_echo(self, ident: int, dst: bytes, seq: int, payload: Buffer, ttl: int) -> bool:
+    def send_echo(self, ident: int, dst: bytes, seq: int, payload: Buffer, ttl: int, pmtudisc: int) -> bool:
         """Send an echo request; see `Echo.send`."""
         path = self._ipv4.path(dst)
+        fits = ipv4.HEADER_LEN + icmp.HEADER_LEN + len(payload) <= path.mtu
+        if not fits and pmtudisc >= PMTUDISC_DO:
+            raise OSError(errno.EMSGSIZE, f"{os.strerror(errno.EMSGSIZE)}, mtu={path.mtu}")
+        df = pmtudisc >= PMTUDISC_DO or (fits and pmtudisc == PMTUDISC_WANT)
         header = icmp.build_header(icmp.ICMP_ECHO, 0, ident, seq, (payload,))
         path.head[path.l4 : path.l4 + icmp.HEADER_LEN] = header
         self._mib.IcmpOutMsgs += 1
-        return path.send(ipv4.IPPROTO_ICMP, icmp.HEADER_LEN, (payload,), len(payload), ttl=ttl)
+        return path.send(ipv4.IPPROTO_ICMP, icmp.HEADER_LEN, (payload,), len(payload), ttl=ttl, df=df)
 
     def close_echo(self, ident: int) -> None:
         """End the echo client with the identifier `ident`."""
@@ -251,19 +259,20 @@ class Echo:
         layer: Icmp,
         ident: int,
         on_reply: Callable[[bytes, int, bytes, int], None],
-        on_error: Callable[[int, int, bytes, int], None],
+        on_error: Callable[[int, int, bytes, int, bytes], None],
     ) -> None:
         self._icmp = layer
         self.ident = ident
         self.on_reply = on_reply
         self.on_error = on_error
 
-    def send(self, dst: bytes, seq: int, payload: Buffer = b"", ttl: int = 0) -> bool:
-        """Ask `dst` (packed) with the sequence number `seq` (16 bits); False when the request was dropped here.
+    def send(self, dst: bytes, seq: int, payload: Buffer = b"", ttl: int = 0, pmtudisc: int = PMTUDISC_WANT) -> bool:
+        """Ask `dst` (packed) with the sequence number `seq` (16 bits); False when the request was dropped here. `ttl` 0: the
+        path's own; `pmtudisc` as IP_MTU_DISCOVER has it.
 
-        Raises the OSErrors of `Ipv4.path`.
+        Raises the OSErrors of `Ipv4.path`, and EMSGSIZE for what does not fit the path and must not be cut.
         """
-        return self._icmp.send_echo(self.ident, dst, seq, payload, ttl)
+        return self._icmp.send_echo(self.ident, dst, seq, payload, ttl, pmtudisc)
 
     def close(self) -> None:
         """Call nobody any more, and free the identifier."""

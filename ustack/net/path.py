@@ -39,6 +39,14 @@ L4_V6: Final = L3 + ipv6.HEADER_LEN
 PMTU_MIN: Final = 552
 """Bytes that a path MTU is never set below, so that nobody can make us send tiny segments (Linux, ip_rt_min_pmtu)."""
 
+PMTUDISC_DONT: Final = 0
+PMTUDISC_WANT: Final = 1
+PMTUDISC_DO: Final = 2
+PMTUDISC_PROBE: Final = 3
+"""What is done about datagrams and the path MTU (linux/in.h): never DF; fragments where it must be, else DF; DF, and nothing
+that does not fit; the same by the MTU of the device alone.
+"""
+
 HOPS_DEFAULT: Final = 64
 """Time to live, or hop limit, of what we send (RFC 1700; RFC 4861, section 6.3.2: until a router says otherwise)."""
 
@@ -48,6 +56,10 @@ _FIELDS: Final = Struct("!6H")
 _FIELDS_V6: Final = Struct("!IHBB")
 """The part of the IPv6 header that varies: version, traffic class and flow label; payload length, next header, hop limit."""
 
+_FRAGMENT_V6: Final = Struct("!BxHI")
+"""The IPv6 fragment header: next header, offset with the bit for more, identification (RFC 8200, section 4.5)."""
+
+_NEXT_FRAGMENT: Final = 44
 _VERSION_IHL: Final = 0x4500
 _VERSION_6: Final = 6 << 28
 
@@ -68,6 +80,7 @@ class Path:
         "_csum_offload",
         "_df",
         "_drops",
+        "_env",
         "_ident",
         "_link_mtu",
         "_lladdr",
@@ -127,6 +140,7 @@ class Path:
         self._lladdr = b""  # what the template has now
         self._ident = env.random.getrandbits(16)
         self._df = ipv4.IP_DF
+        self._env = env
         self._drops = env.drops
         self._mib = env.mib
 
@@ -142,6 +156,7 @@ class Path:
         ttl: int = 0,
         df: bool = True,
         gfp: int = ATOMIC,
+        probe: bool = False,
     ) -> bool:
         """Send a packet; False when it was dropped here (and counted).
 
@@ -149,7 +164,8 @@ class Path:
         in it, which must hold zero and is completed by the device or here; -1 when the transport has done that itself. A
         payload longer than `gso_size` (if that is not 0) is a TCP super-frame, to be cut into segments with that much payload.
         `ttl` 0 stands for the path's `hop_limit`. While the neighbour is being resolved the packet is copied, by an allocation
-        that may do what `gfp` says, and waits.
+        that may do what `gfp` says, and waits. A packet that is longer than the path MTU goes out as fragments unless `df` is
+        set; `probe` has it go out whole if the device takes it.
         """
         if payload_len <= gso_size:
             gso_size = 0
@@ -162,7 +178,10 @@ class Path:
         view = self._view
         if self.version == 4:
             self._mib.IpOutRequests += 1
-            if total > (65535 if gso_size else self.mtu):
+            if total > (65535 if gso_size else self.mtu) and not (probe and total <= self._link_mtu):
+                if not df and not gso_size:
+                    return self._send_fragments(proto, l4_len, payload, length, csum_at, tos, ttl, gfp)
+                self._mib.IpFragFails += 1
                 self._drops.count(DropReason.PKT_TOO_BIG)
                 return False
             ident = self._ident
@@ -173,7 +192,10 @@ class Path:
             _FIELDS.pack_into(head, L3, _VERSION_IHL | tos, total, ident, flags, ttl_proto, checksum)
         else:
             self._mib.Ip6OutRequests += 1
-            if total > (65535 if gso_size else self.mtu):
+            if total > (65535 if gso_size else self.mtu) and not (probe and total <= self._link_mtu):
+                if not df and not gso_size:
+                    return self._send_fragments(proto, l4_len, payload, length, csum_at, tos, ttl, gfp)
+                self._mib.Ip6FragFails += 1
                 self._drops.count(DropReason.PKT_TOO_BIG)
                 return False
             _FIELDS_V6.pack_into(head, L3, _VERSION_6 | tos << 20, length, proto, ttl)
@@ -210,6 +232,81 @@ class Path:
         self._drops.count(DropReason.TX_DEVICE)
         return False
 
+    def _send_fragments(
+        self,
+        proto: int,
+        l4_len: int,
+        payload: Sequence[Buffer],
+        length: int,
+        csum_at: int,
+        tos: int,
+        ttl: int,
+        gfp: int,
+    ) -> bool:
+        """Send a packet of `length` bytes behind the IP header in pieces that fit the path; see `send`. All go out together, or
+        as many as the device takes.
+
+        The identification is random: nobody can foresee it (RFC 7739), and nothing else is counted with it.
+        """
+        mib = self._mib
+        v4 = self.version == 4
+        l4 = self.l4
+        if length > (65535 - ipv4.HEADER_LEN if v4 else 65535):
+            self._drops.count(DropReason.PKT_TOO_BIG)
+            return False
+        transport = self._view[l4 : l4 + l4_len]
+        if csum_at >= 0:
+            checksum = -(self.pseudo + proto + length + ones_sum(transport) + ones_sum_views(payload)) % 0xFFFF
+            transport[csum_at : csum_at + 2] = (checksum or 0xFFFF).to_bytes(2, "big")
+        views = [memoryview(piece) for piece in payload]
+        views.insert(0, transport)
+        views.reverse()
+        ident = self._env.random.getrandbits(16 if v4 else 32)
+        room = (self.mtu - (l4 - L3) - (0 if v4 else _FRAGMENT_V6.size)) & ~7
+        header = bytearray(self.head[:l4] if v4 else self.head[:l4] + bytes(_FRAGMENT_V6.size))
+        for start in range(0, length, room):
+            size = min(room, length - start)
+            more = start + size < length
+            if v4:
+                flags = (ipv4.IP_MF if more else 0) | start >> 3
+                total = size + ipv4.HEADER_LEN
+                checksum = -(self._sum + tos + total + ident + flags + (ttl << 8 | proto)) % 0xFFFF
+                _FIELDS.pack_into(header, L3, _VERSION_IHL | tos, total, ident, flags, ttl << 8 | proto, checksum)
+            else:
+                _FIELDS_V6.pack_into(header, L3, _VERSION_6 | tos << 20, size + _FRAGMENT_V6.size, _NEXT_FRAGMENT, ttl)
+                _FRAGMENT_V6.pack_into(header, l4, proto, start | more, ident)
+            if not self._send_piece(header, take(views, size), size, gfp):
+                if v4:
+                    mib.IpFragFails += 1
+                else:
+                    mib.Ip6FragFails += 1
+                return False
+            if v4:
+                mib.IpFragCreates += 1
+            else:
+                mib.Ip6FragCreates += 1
+        if v4:
+            mib.IpFragOKs += 1
+        else:
+            mib.Ip6FragOKs += 1
+        return True
+
+    def _send_piece(self, header: bytearray, views: list[memoryview], size: int, gfp: int) -> bool:
+        neighbour = self.neighbour
+        if neighbour.stale:
+            neighbour.use()
+        lladdr = neighbour.lladdr
+        if lladdr is None:
+            return neighbour.enqueue(header, views, size, 0, NO_CSUM, 0, gfp)
+        header[0:6] = lladdr
+        device = self.device
+        sent = device.transmit(header, views)
+        if device.sniffers is not None:
+            device.sniffers.sent(device, header, views, sent)
+        if not sent:
+            self._drops.count(DropReason.TX_DEVICE)
+        return sent
+
     def narrow(self, mtu: int) -> None:
         """The path takes only `mtu` bytes. Of IPv4, under `PMTU_MIN` it is sent that much all the same, and routers may cut (no
         DF); of IPv6 every link takes `ipv6.MIN_MTU`.
@@ -230,3 +327,18 @@ class Path:
             self.obsolete = True
             if self in self.neighbour.paths:
                 self.neighbour.paths.remove(self)
+
+
+def take(views: list[memoryview], size: int) -> list[memoryview]:
+    """The first `size` bytes of `views`, of which the last is the first in order; they are taken off it. There must be so
+    many.
+    """
+    taken = []
+    while size:
+        view = views.pop()
+        if len(view) > size:
+            views.append(view[size:])
+            view = view[:size]
+        taken.append(view)
+        size -= len(view)
+    return taken

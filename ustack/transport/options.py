@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ustack.net.path import PMTUDISC_WANT
+
 
 @dataclass(slots=True)
 class SocketOptions:
@@ -45,6 +47,8 @@ class SocketOptions:
     """Bytes per second at most (SO_MAX_PACING_RATE); 0: no limit."""
     tos: int = 0
     """Type of service, or traffic class (IP_TOS, IPV6_TCLASS)."""
+    pmtudisc: int = PMTUDISC_WANT
+    """What becomes of a datagram that is longer than the path MTU (IP_MTU_DISCOVER)."""
     ttl: int = 0
     """Time to live, or hop limit (IP_TTL, IPV6_UNICAST_HOPS); 0: what the path says."""
     v6only: bool = False

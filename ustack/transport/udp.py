@@ -5,7 +5,7 @@ receive queue is the kernel's: a datagram is taken while what waits does not exc
 decided before anything is allocated. Once per batch of frames the user is told by `wake`, called with READABLE or WRITABLE,
 and then makes the non-blocking calls; what they raise is what the BSD calls raise.
 
-Left out: fragmentation (a datagram over the path MTU is refused with EMSGSIZE), multicast, the error queue.
+Left out: multicast, the error queue.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pools.gfp import ATOMIC, MEMALLOC
 from ustack.drops import DropReason
 from ustack.mem.protocol import ProtocolMemory, limits_for, pages_of
 from ustack.mem.socket import SocketMemory
+from ustack.net.path import PMTUDISC_DO, PMTUDISC_PROBE, PMTUDISC_WANT
 from ustack.skb import Account
 from ustack.transport.events import READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
 from ustack.transport.options import SocketOptions
@@ -290,6 +291,11 @@ class UdpSocket:
         """Our address and port, as getsockname(2) says it."""
         return (self.bound if self._path is None else self._path.src), self.port
 
+    @property
+    def path_mtu(self) -> int | None:
+        """Bytes of packet that the path to the peer takes; None without a peer."""
+        return None if self._path is None else self._path.mtu
+
     def bind(self, address: bytes, port: int) -> None:
         """Receive what is sent to `address` (packed; ANY for all of ours) and `port` (0: any free one).
 
@@ -335,8 +341,8 @@ class UdpSocket:
         """Send `data` as one datagram, to the peer when no `destination` is given; return its length.
 
         What is lost below, as when the device is full, is lost silently: this is UDP. Raises OSError: an error that arrived
-        earlier, EDESTADDRREQ, EMSGSIZE when the path MTU is less, EACCES for a broadcast without the option, EPIPE, and those
-        of `Ipv4.path`.
+        earlier, EDESTADDRREQ, EMSGSIZE when the datagram is too long for IP, or for the path and must not be cut, EACCES for a
+        broadcast without the option, EPIPE, and those of `Ipv4.path`.
         """
         self._raise_error()
         if self._shutdown & SHUT_WR:
@@ -356,7 +362,9 @@ class UdpSocket:
         if isinstance(data, memoryview):
             data = data.cast("B")
         length = len(data)
-        if length > PAYLOAD_MAX or length + udp.HEADER_LEN + ipv4.HEADER_LEN > path.mtu:
+        pmtudisc = self.options.pmtudisc
+        fits = length + udp.HEADER_LEN + ipv4.HEADER_LEN <= (path.device.mtu if pmtudisc == PMTUDISC_PROBE else path.mtu)
+        if length > PAYLOAD_MAX or (not fits and pmtudisc >= PMTUDISC_DO):
             raise _error(errno.EMSGSIZE)
         if not self.port:
             self.bind(ANY, 0)
@@ -371,6 +379,8 @@ class UdpSocket:
             csum_at=udp.OFF_CSUM,
             tos=options.tos,
             ttl=options.ttl,
+            df=pmtudisc >= PMTUDISC_DO or (fits and pmtudisc == PMTUDISC_WANT),
+            probe=pmtudisc == PMTUDISC_PROBE,
             gfp=MEMALLOC if options.memalloc else ATOMIC,
         )
         return length
