@@ -100,7 +100,7 @@ def test_copy_brings_back_what_it_took(options: tuple[str, ...], tmp_path: Path)
     ("arguments", "status", "complaint"),
     [
         (("info", "http://example.com"), 2, "scheme is 'http'"),
-        (("info", "nbds://localhost/"), 1, "demands TLS"),
+        (("info", "nbds://localhost/?tls-type=anon"), 1, "anonymous TLS is no protection"),
         (("info", "nbd+unix:///?socket=/nonexistent"), 1, "cannot connect: No such file"),
         (("copy", "/nonexistent", "nbd://localhost/"), 1, "/nonexistent: No such file"),
         (("copy", "--request-size", "many", "a", "b"), 2, "'many' is no size"),

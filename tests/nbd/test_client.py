@@ -430,13 +430,6 @@ async def test_a_refused_connection_names_the_uri() -> None:
                 pass
 
 
-async def test_tls_is_refused_clearly() -> None:
-    with pytest.raises(OSError, match="demands TLS") as caught:
-        async with nbd.connect("nbds://localhost/"):
-            pass
-    assert caught.value.errno == errno.EOPNOTSUPP
-
-
 async def test_info_without_use() -> None:
     async with serving() as uri:
         port = int(uri.rpartition(":")[2])

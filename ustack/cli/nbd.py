@@ -166,12 +166,14 @@ def _print_json(uri: NbdUri, exports: list[ExportEntry], structured: bool) -> No
             entry |= _facts(export.info)
             entry |= {"export-size": export.info.size, "export-size-str": human_size(export.info.size)}
         entries.append(entry)
-    click.echo(json.dumps({"protocol": "newstyle-fixed", "TLS": False, "structured": structured, "exports": entries}, indent=2))
+    click.echo(
+        json.dumps({"protocol": "newstyle-fixed", "TLS": uri.tls, "structured": structured, "exports": entries}, indent=2)
+    )
 
 
 def _print_text(uri: NbdUri, exports: list[ExportEntry], structured: bool) -> None:
     packets = "structured" if structured else "simple"
-    click.echo(f"protocol: newstyle-fixed without TLS, using {packets} packets")
+    click.echo(f"protocol: newstyle-fixed {'with' if uri.tls else 'without'} TLS, using {packets} packets")
     for export in exports:
         click.echo(f'export="{export.name}":')
         description = export.description or (export.info.description if export.info else None)
@@ -247,12 +249,11 @@ def copy(
 async def _open_disk(name: str, create_size: int | None, via: str, control: str, seconds: float) -> Disk:
     """An NBD export or a local file; `create_size` makes it a target of that many bytes."""
     if name.startswith(SCHEMES):
-        from ustack.nbd import NbdClient
-        from ustack.nbd.connector import connector_for
+        from ustack.nbd.connector import open_disk
 
         uri = _parse_uri(name)
-        connector = connector_for(uri, _create_connection(via, control))
-        return await NbdClient.open(connector, uri.export, connect_timeout=seconds, request_timeout=seconds)
+        create = _create_connection(via, control)
+        return await open_disk([uri], create_connection=create, connect_timeout=seconds, request_timeout=seconds)
     from ustack.nbd.copy import LocalDisk
 
     return LocalDisk(name, create_size=create_size)

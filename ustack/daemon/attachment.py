@@ -11,14 +11,13 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
-from ustack.nbd import NbdClient
-from ustack.nbd.connector import connector_for
-from ustack.nbd.uri import NbdUri
+from ustack.nbd.connector import open_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ustack.daemon.config import Nbd
+    from ustack.nbd import NbdClient
     from ustack.stack import Stack
 
 BACKOFF_FIRST: Final = 0.5
@@ -72,14 +71,12 @@ class Attachment:
         self._on_change()
 
     async def _keep_attached(self) -> None:
-        uri = NbdUri.parse(self.config.uri)
-        connector = connector_for(uri, self._create_connection)
         backoff = BACKOFF_FIRST
         while True:
             try:
-                self.client = await NbdClient.open(
-                    connector,
-                    uri.export,
+                self.client = await open_disk(
+                    [self.config.uri],
+                    create_connection=self._create_connection,
                     queue_depth=self.config.requests,
                     request_size=self.config.request_size,
                     dead_after=self.config.dead_after or None,

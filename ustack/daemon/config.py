@@ -103,8 +103,6 @@ def _uri(value: object) -> object:
         uri = NbdUri.parse(value)
     except ValueError as error:
         raise ValueError(f'an NBD URI, such as "nbd://10.77.0.1/disk" ({error})') from None
-    if uri.tls:
-        raise ValueError("an NBD URI without TLS, which the client does not speak yet")
     if uri.socket is None:
         _as(IPv4Address, uri.host, "an NBD URI whose host is an IPv4 address: the stack has no name service")
     return value

@@ -154,6 +154,11 @@ class NbdClient:
         return self._session.structured_replies
 
     @property
+    def tls(self) -> bool:
+        """Everything goes through TLS."""
+        return self._session.tls
+
+    @property
     def requests_in_flight(self) -> int:
         """Requests sent and not yet answered, including those whose callers have given up."""
         return self._session.requests_in_flight

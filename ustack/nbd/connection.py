@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias
 
 from ustack.nbd.constants import MAX_STRING, NBD_ESHUTDOWN
 from ustack.nbd.errors import NbdProtocolError
 from ustack.nbd.export_info import ExportInfo
-from ustack.nbd.handshake import Aborted, ClientHandshake, Event, Negotiated, Purpose
+from ustack.nbd.handshake import Aborted, ClientHandshake, Event, Negotiated, Purpose, TlsBegins
+from ustack.nbd.tls import TlsSettings, TlsTransport
 from ustack.nbd.transmission import ClientTransmission
 
 if TYPE_CHECKING:
@@ -78,9 +80,10 @@ class Connection(asyncio.BufferedProtocol):
         owner: Owner | None = None,
         purpose: Purpose = Purpose.GO,
         request_timeout: float | None = REQUEST_TIMEOUT,
+        tls: TlsSettings | None = None,
     ) -> None:
         """While requests wait, something must be answered every `request_timeout` seconds (None: whenever the server likes), or
-        the connection is given up. ValueError for an impossible name."""
+        the connection is given up. With `tls` there is TLS or no connection. ValueError for an impossible name."""
         self.info = ExportInfo(export, 0)
         self.structured_replies = False
         self.negotiation: list[Event] = []
@@ -90,7 +93,9 @@ class Connection(asyncio.BufferedProtocol):
         """Requests that took longer than the request timeout while the server was alive."""
         self._loop = asyncio.get_running_loop()
         self._owner = owner
-        self._handshake = ClientHandshake(export, purpose)
+        self._handshake = ClientHandshake(export, purpose, tls=tls is not None)
+        self._tls_settings = tls
+        self._tls: TlsTransport | None = None
         self._negotiated: asyncio.Future[None] = self._loop.create_future()
         self._greeting_buffer = bytearray(MAX_STRING)
         self._transmission: ClientTransmission[Call] | None = None
@@ -120,6 +125,7 @@ class Connection(asyncio.BufferedProtocol):
         owner: Owner | None = None,
         purpose: Purpose = Purpose.GO,
         request_timeout: float | None = REQUEST_TIMEOUT,
+        tls: TlsSettings | None = None,
     ) -> Self:
         """Connect with `connector`, negotiate, and return the connection ready for use.
 
@@ -127,7 +133,7 @@ class Connection(asyncio.BufferedProtocol):
         server refuses the export, NbdProtocolError when it is no proper NBD server, TimeoutError (ETIMEDOUT) after
         `connect_timeout` seconds.
         """
-        connection = cls(export, owner=owner, purpose=purpose, request_timeout=request_timeout)
+        connection = cls(export, owner=owner, purpose=purpose, request_timeout=request_timeout, tls=tls)
         deadline = asyncio.timeout(connect_timeout)
         try:
             async with deadline:
@@ -136,12 +142,22 @@ class Connection(asyncio.BufferedProtocol):
         except BaseException as error:
             connection.fail(errno.ECONNABORTED, "connection attempt given up")
             if isinstance(error, TimeoutError) and deadline.expired():
-                missing = connection._handshake.waiting_for if connection._connected else "the connection"
+                missing = connection._waiting_for() if connection._connected else "the connection"
                 raise OSError(
                     errno.ETIMEDOUT, f"{connection._peer}: waited {connect_timeout} s in vain for {missing}"
                 ) from None
             raise
         return connection
+
+    def _waiting_for(self) -> str:
+        if self._tls is not None and not self._tls.ready:
+            return "the TLS handshake"
+        return self._handshake.waiting_for
+
+    @property
+    def tls(self) -> bool:
+        """Everything goes through TLS."""
+        return self._tls is not None
 
     @property
     def peer(self) -> str:
@@ -312,12 +328,37 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> bytearray | memoryview:
         """Where the transport puts the next bytes."""
+        if self._tls is not None:
+            return self._tls.buffer
         if self._transmission is not None:
             return self._transmission.get_buffer(sizehint)
         return self._greeting_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes have arrived in the buffer of `get_buffer`."""
+        if self._tls is not None:
+            self._decrypt(self._tls, nbytes)
+        else:
+            self._received_plain(nbytes)
+
+    def _decrypt(self, tls: TlsTransport, nbytes: int) -> None:
+        try:
+            tls.received(nbytes)
+            while self._failure is None:
+                transmission = self._transmission
+                view = self._greeting_buffer if transmission is None else transmission.get_buffer(-1)
+                got = tls.read_into(view)
+                if not got:
+                    break
+                self._received_plain(got)
+        except ssl.SSLError as error:
+            self._tls_failed(error)
+
+    def _tls_failed(self, error: ssl.SSLError) -> None:
+        reason = getattr(error, "verify_message", "") or error.reason or str(error)
+        self.fail(errno.ECONNABORTED, f"TLS: {reason}")
+
+    def _received_plain(self, nbytes: int) -> None:
         if self._failure is not None:
             return
         transmission = self._transmission
@@ -359,6 +400,14 @@ class Connection(asyncio.BufferedProtocol):
             self._end(error.errno or errno.EPROTO, str(error.strerror))
             self._transport.close()
             return
+        if self.negotiation and isinstance(self.negotiation[-1], TlsBegins) and self._tls is None:
+            assert self._tls_settings is not None
+            try:
+                self._tls = TlsTransport(self._transport, self._tls_settings)
+            except (ssl.SSLError, ValueError) as error:
+                self.fail(errno.ECONNABORTED, f"TLS: {error}")
+                return
+            self._transport = self._tls
         out = self._handshake.data_to_send()
         if out:
             self._transport.write(out)

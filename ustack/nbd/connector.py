@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Unpack
@@ -17,9 +16,11 @@ from ustack.nbd.connection import (
     ProtocolFactory,
 )
 from ustack.nbd.handshake import ExportDescribed, ExportListed, Purpose
+from ustack.nbd.tls import settings_for
 from ustack.nbd.uri import NbdUri
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator, Sequence
 
     from ustack.nbd.export_info import ExportInfo
@@ -38,10 +39,8 @@ class ExportEntry:
 def connector_for(uri: NbdUri, create_connection: CreateConnection | None = None) -> Connector:
     """How to reach the server of `uri`: `create_connection` (default: the running loop's) for TCP, the kernel for unix sockets.
 
-    Raises OSError (EOPNOTSUPP) for URIs that demand TLS, which is never silently left out.
+    It knows nothing of TLS: give what `tls.settings_for` says to the session as well, as `open_disk` does.
     """
-    if uri.tls:
-        raise OSError(errno.EOPNOTSUPP, f"{uri}: {uri.scheme} demands TLS, which this client does not speak yet")
     loop = asyncio.get_running_loop()
     create = create_connection or loop.create_connection
 
@@ -61,18 +60,30 @@ async def connect(
     uri: str | NbdUri | Sequence[str | NbdUri],
     *,
     create_connection: CreateConnection | None = None,
+    context: ssl.SSLContext | None = None,
     **options: Unpack[SessionOptions],
 ) -> AsyncIterator[NbdClient]:
     """The export at `uri` as a disk, for `async with`. Several URIs are several ways to the same export, tried in turn
-    (fail-over); they must name the export alike. `options` are those of `NbdClient.open`, and so are the errors; a malformed
-    URI is a ValueError."""
+    (fail-over); they must name the export alike. nbds: URIs demand TLS, with what their parameters say or with `context`.
+    `options` are those of `NbdClient.open`, and so are the errors; a malformed URI is a ValueError."""
     uris = [uri] if isinstance(uri, str | NbdUri) else uri
+    async with await open_disk(uris, create_connection=create_connection, context=context, **options) as disk:
+        yield disk
+
+
+async def open_disk(
+    uris: Sequence[str | NbdUri],
+    *,
+    create_connection: CreateConnection | None = None,
+    context: ssl.SSLContext | None = None,
+    **options: Unpack[SessionOptions],
+) -> NbdClient:
+    """What `connect` does, for those who close the disk themselves."""
     parsed = [NbdUri.parse(each) if isinstance(each, str) else each for each in uris]
     if len({each.export for each in parsed}) != 1:
         raise ValueError("fail-over needs one or more URIs of the same export")
-    connectors = [connector_for(each, create_connection) for each in parsed]
-    async with await NbdClient.open(connectors, parsed[0].export, **options) as disk:
-        yield disk
+    options["tls"] = [settings_for(each, context) for each in parsed]
+    return await NbdClient.open([connector_for(each, create_connection) for each in parsed], parsed[0].export, **options)
 
 
 async def list_exports(
@@ -81,7 +92,10 @@ async def list_exports(
     """What the server at `uri` exports (NBD_OPT_LIST, then NBD_OPT_INFO for each). Raises like `connect`."""
     parsed = NbdUri.parse(uri) if isinstance(uri, str) else uri
     connection = await Connection.open(
-        connector_for(parsed, create_connection), purpose=Purpose.LIST, connect_timeout=connect_timeout
+        connector_for(parsed, create_connection),
+        purpose=Purpose.LIST,
+        tls=settings_for(parsed),
+        connect_timeout=connect_timeout,
     )
     await connection.close()
     entries: dict[str, ExportEntry] = {}

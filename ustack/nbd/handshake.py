@@ -4,8 +4,8 @@ The negotiation is written as one generator that reads like the specification's 
 the next n bytes, so it does not matter in what pieces they arrive. After every call send what `data_to_send` returns. Source:
 doc/proto.md, "Fixed newstyle negotiation" and "Option types".
 
-Left out: oldstyle servers, TLS, extended headers and meta contexts. The first two options to come belong right after the
-greeting.
+TLS is demanded or not used: with `tls`, a server that has none is refused, and whatever it says in the clear behind its
+acknowledgment of NBD_OPT_STARTTLS is fatal. Left out: oldstyle servers, extended headers and meta contexts.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ustack.nbd.constants import (
     NBD_OPT_GO,
     NBD_OPT_INFO,
     NBD_OPT_LIST,
+    NBD_OPT_STARTTLS,
     NBD_OPT_STRUCTURED_REPLY,
     NBD_REP_ACK,
     NBD_REP_ERR_SHUTDOWN,
@@ -109,7 +110,12 @@ class Aborted:
     """Negotiation ended by us with NBD_OPT_ABORT: all questions are answered, close the connection."""
 
 
-Event: TypeAlias = ExportListed | ExportDescribed | OptionRefused | Negotiated | Aborted
+@dataclass(frozen=True, slots=True)
+class TlsBegins:
+    """NBD_OPT_STARTTLS was acknowledged. What `data_to_send` has from now on goes through TLS, and so must what is received."""
+
+
+Event: TypeAlias = TlsBegins | ExportListed | ExportDescribed | OptionRefused | Negotiated | Aborted
 _Steps: TypeAlias = Generator[int, bytes, None]
 
 
@@ -124,14 +130,17 @@ class ClientHandshake:
         "_needed",
         "_out",
         "_program",
+        "_tls",
+        "_tls_begins",
         "export",
         "purpose",
         "structured",
         "waiting_for",
     )
 
-    def __init__(self, export: str = "", purpose: Purpose = Purpose.GO) -> None:
-        """`export` is the name to ask for, at most 4096 bytes in UTF-8, without NUL; raises ValueError otherwise."""
+    def __init__(self, export: str = "", purpose: Purpose = Purpose.GO, *, tls: bool = False) -> None:
+        """`export` is the name to ask for, at most 4096 bytes in UTF-8, without NUL; raises ValueError otherwise. `tls` demands
+        TLS."""
         if len(export.encode()) > MAX_STRING or "\0" in export:
             raise ValueError("an NBD export name has at most 4096 bytes of UTF-8 and no NUL")
         self.export = export
@@ -141,6 +150,8 @@ class ClientHandshake:
         self._events: list[Event] = []
         self._out = bytearray()
         self._finished = False
+        self._tls = tls
+        self._tls_begins = False
         self.waiting_for = "the greeting"
         self._program = self._negotiate()
         self._needed = next(self._program)
@@ -155,6 +166,14 @@ class ClientHandshake:
                 piece = bytes(self._buffer[: self._needed])
                 del self._buffer[: self._needed]
                 self._needed = self._program.send(piece)
+                if self._tls_begins:
+                    self._tls_begins = False
+                    if self._buffer:
+                        # Who can insert plaintext would have it taken for what came through TLS (CVE-2021-3716 of nbdkit).
+                        self._out.clear()
+                        text = f"server sent {len(self._buffer)} bytes in the clear where TLS begins"
+                        raise NbdProtocolError(text)
+                    break
         except StopIteration:
             self._finished = True
         except OSError as error:
@@ -192,6 +211,10 @@ class ClientHandshake:
         fixed = bool(flags & NBD_FLAG_FIXED_NEWSTYLE)
         no_zeroes = bool(flags & NBD_FLAG_NO_ZEROES)
         self._out += struct.pack(">I", (NBD_FLAG_C_FIXED_NEWSTYLE if fixed else 0) | (NBD_FLAG_C_NO_ZEROES if no_zeroes else 0))
+        if self._tls:
+            if not fixed:
+                raise NbdProtocolError("server does not speak fixed newstyle, so it has no TLS, which is demanded")
+            yield from self._start_tls()
         if not fixed:
             if self.purpose is not Purpose.GO:
                 raise NbdProtocolError("server does not speak fixed newstyle: it can neither list nor describe exports")
@@ -218,6 +241,15 @@ class ClientHandshake:
             yield from self._export_name(no_zeroes)
             return
         self._events.append(Negotiated(info, self.structured))
+
+    def _start_tls(self) -> _Steps:
+        self._send_option(NBD_OPT_STARTTLS)
+        reply, data = yield from self._reply(NBD_OPT_STARTTLS)
+        if reply & NBD_REP_FLAG_ERROR:
+            raise NbdOptionError(NBD_OPT_STARTTLS, reply, decode_message(data))
+        self._expect_ack(NBD_OPT_STARTTLS, reply, data)
+        self._events.append(TlsBegins())
+        self._tls_begins = True
 
     def _structured_reply(self) -> _Steps:
         self._send_option(NBD_OPT_STRUCTURED_REPLY)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ustack.nbd.export_info import ExportInfo
+    from ustack.nbd.tls import TlsSettings
     from ustack.nbd.unflushed import Sample
 
 QUEUE_DEPTH: Final = 64
@@ -75,8 +76,8 @@ class SessionOptions(TypedDict, total=False):
     seconds for each attempt to connect and negotiate. `request_timeout`: seconds without any sign of life while a request
     waits, after which a connection counts as lost; None: never. `dead_after`: see above, seconds; 0: a lost connection is the
     end at once; None: wait for ever. `check_cache`: read samples of unflushed writes back after an outage. `copy_writes`: copy
-    the data of each write when it is called, so that a caller who is cancelled may use its memory at once. `on_event`: called
-    with each `Event` and its reason.
+    the data of each write when it is called, so that a caller who is cancelled may use its memory at once. `tls`:
+    what to demand on each of the ways; empty for none. `on_event`: called with the name of an event and its reason.
     """
 
     queue_depth: int
@@ -89,6 +90,7 @@ class SessionOptions(TypedDict, total=False):
     check_cache: bool
     copy_writes: bool
     on_event: Callable[[str, OSError | None], object]
+    tls: Sequence[TlsSettings | None]
 
 
 @dataclass(slots=True)
@@ -137,6 +139,7 @@ class Session:
         check_cache: bool = True,
         copy_writes: bool = False,
         on_event: Callable[[str, OSError | None], object] | None = None,
+        tls: Sequence[TlsSettings | None] = (),
     ) -> None:
         """`connectors` are the ways to the export, tried in turn: one, or several for fail-over between servers that have the
         same storage. See `SessionOptions` for the rest. Raises ValueError for options that make no sense."""
@@ -146,6 +149,7 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._connectors = list(connectors)
         self._way = 0
+        self._tls = list(tls) or [None] * len(self._connectors)
         self._export = export
         self._queue_depth = queue_depth
         self._max_bytes = max_bytes_in_flight
@@ -178,6 +182,7 @@ class Session:
         self._cache_lost: OSError | None = None
         self.info: ExportInfo
         self.structured_replies = False
+        self.tls = False
         self.unflushed: UnflushedWrites
 
     @classmethod
@@ -188,6 +193,7 @@ class Session:
         connection = await session._first()
         session.info = connection.info
         session.structured_replies = connection.structured_replies
+        session.tls = connection.tls
         session.unflushed = UnflushedWrites(session.info.minimum_block)
         if not session.info.can_multi_conn:
             session._wanted = 1
@@ -491,6 +497,7 @@ class Session:
             owner=self,
             connect_timeout=self._connect_timeout,
             request_timeout=self._request_timeout,
+            tls=self._tls[self._way],
         )
         self.counters.connected += 1
         return connection

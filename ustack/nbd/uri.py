@@ -30,6 +30,8 @@ class NbdUri:
     tls_type: str | None = None
     tls_hostname: str | None = None
     tls_verify_peer: bool = True
+    tls_certificates: str | None = None
+    tls_psk_file: str | None = None
 
     @property
     def tls(self) -> bool:
@@ -59,6 +61,10 @@ class NbdUri:
             query.append(f"tls-hostname={quote(self.tls_hostname, safe='')}")
         if not self.tls_verify_peer:
             query.append("tls-verify-peer=0")
+        if self.tls_certificates is not None:
+            query.append(f"tls-certificates={quote(self.tls_certificates)}")
+        if self.tls_psk_file is not None:
+            query.append(f"tls-psk-file={quote(self.tls_psk_file)}")
         return f"{self.scheme}://{authority}/{quote(self.export)}" + (f"?{'&'.join(query)}" if query else "")
 
 
@@ -88,6 +94,8 @@ def _parse(text: str) -> NbdUri:
     verify = parameters.pop("tls-verify-peer", "1")
     if verify not in ("0", "1"):
         raise ValueError(f"tls-verify-peer is {verify!r}; it must be 0 or 1")
+    certificates = parameters.pop("tls-certificates", None)
+    psk_file = parameters.pop("tls-psk-file", None)
     unknown = [name for name in parameters if not name.startswith("x-")]
     if unknown:
         raise ValueError(f"unknown parameter {unknown[0]!r}")
@@ -107,6 +115,8 @@ def _parse(text: str) -> NbdUri:
         tls_type=tls_type,
         tls_hostname=tls_hostname,
         tls_verify_peer=verify == "1",
+        tls_certificates=certificates,
+        tls_psk_file=psk_file,
     )
 
 
