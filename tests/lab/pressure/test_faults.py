@@ -184,6 +184,24 @@ def test_frames_to_a_station_that_is_gone_go_astray_until_the_new_one_is_known(a
     assert (result["nbd"]["gap"] < 0.5) == announce
 
 
+@pytest.mark.parametrize("crash", [True, False])
+def test_requests_outlive_a_server_that_is_restarted(crash: bool) -> None:
+    text = WIRE + f'[[fault]]\nkind = "server_restart"\nstart = 0.5\ndown = 4.0\ncrash = {str(crash).lower()}\n'
+    result = ran(text)
+    assert 4.0 < result["nbd"]["gap"] < 15.0
+    connections = result["nbd"]["connections"]
+    assert connections["lost"] == 1
+    assert connections["connected"] == 2
+    assert connections["replayed"] > 0 or not crash, "in an orderly end nothing need be in flight"
+
+
+def test_a_connection_without_a_sign_of_life_is_given_up_when_the_scenario_says() -> None:
+    text = WIRE.replace("[nbd]", "[nbd]\nrequest_timeout = 2.0") + '[[fault]]\nkind = "cut"\nstart = 0.5\nduration = 30.0\n'
+    result = ran(text)
+    assert result["nbd"]["connections"]["lost"] == 1
+    assert 30.0 < result["nbd"]["gap"] < 36.0
+
+
 def _random() -> Random:
     from random import Random
 

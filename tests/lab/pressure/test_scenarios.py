@@ -34,7 +34,7 @@ def test_what_the_issue_asks_for_is_there_for_every_pool() -> None:
     assert scenarios["treatment"].memory.reserve == "auto"
     assert scenarios["control"].traffic == scenarios["treatment"].traffic
     assert scenarios["control"].tcp == scenarios["treatment"].tcp
-    for name in ("control", "treatment", "link-cut", "peer-mac"):
+    for name in ("control", "treatment", "link-cut", "peer-mac", "server-restart", "server-crash"):
         assert scenarios[name].memory.pool == names()
 
 

@@ -79,7 +79,10 @@ async def _attach(subject: Subject, host: str, port: int, scenario: Scenario) ->
     connector = connector_for(NbdUri("nbd", host, port, EXPORT), create)
     depth = scenario.nbd.depth + bool(scenario.nbd.heartbeat)
     largest = scenario.nbd.request_size[1]
-    return await NbdClient.open(connector, EXPORT, queue_depth=depth, request_size=largest, request_timeout=None)
+    timeout = scenario.nbd.request_timeout
+    return await NbdClient.open(
+        connector, EXPORT, queue_depth=depth, request_size=largest, request_timeout=timeout, dead_after=None
+    )
 
 
 def _is_full(stack: Stack) -> bool:

@@ -384,6 +384,9 @@ class Nbd(Section):
     `PROTO_MEM`, `MEM_PRESSURE`)."""
     pause: Seconds = 0.0
     """Mean of the time between the end of a request and the next of the same worker, exponentially distributed."""
+    request_timeout: PositiveSeconds = 30.0
+    """Seconds without a sign of life, while a request waits, after which the connection counts as lost: another is made, as
+    often as it takes, and what was not answered is sent again."""
     heartbeat: Seconds = 0.0
     """Seconds between two reads of a sector that go on beside the work until it is done; 0: no heartbeat."""
 

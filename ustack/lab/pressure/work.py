@@ -204,6 +204,7 @@ class DiskWork:
             "gap": round(self.gap, 6),
             "standing": round(standing, 6),
             "failure": self.failure,
+            "connections": self._disk.counters(),
             "latency": self.latencies.report(),
             "heartbeats": self.beats,
             "heartbeat_gap": round(self.beat_gap, 6),
