@@ -61,11 +61,12 @@ class Cubic(CongestionControl):
         """Sections 4.2 to 4.5."""
         now = sample.now
         mss = self.mss
-        window = self.cwnd / mss
+        if self._epoch == IDLE:
+            self._grown = 0.0
+        window = self.cwnd / mss + self._grown
         if self._epoch == IDLE:
             self._epoch = now
             self._w_est = window
-            self._grown = 0.0
             if window < self._w_max:
                 self._k = ((self._w_max - window) / C) ** (1 / 3)
                 self._origin = self._w_max
