@@ -149,17 +149,22 @@ class Pressed:
         return self.loop.run_until_complete(timed())
 
     def close(self) -> None:
-        """End both stacks."""
-        for task in asyncio.all_tasks(self.loop):
-            task.cancel()
-        self.loop.run_until_complete(asyncio.sleep(0))
+        """End both stacks, and everything that still goes on."""
+        self.loop.run_until_complete(self._end_tasks())
         for pfn in self._hogged:
             self.stack.pages.free(pfn, 0)
         self._hogged.clear()
         self.stack.close()
         self.peer.close()
-        self.loop.run_until_complete(asyncio.sleep(0))
+        self.loop.run_until_complete(self._end_tasks())  # what the end of a connection has begun
         self.loop.close()
+
+    async def _end_tasks(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)
 
     def cut(self, seconds: float) -> None:
         """Cut the wire, and mend it after so many seconds."""
