@@ -108,7 +108,7 @@ def test_the_same_file_runs_on_a_tap_in_real_time(tmp_path: Path) -> None:
     control = tmp_path / "control.toml"
     control.write_text(bundled_text("control").replace("standstill = 30.0", "standstill = 2.0"))
     cut = tmp_path / "cut.toml"
-    cut.write_text(QUICK + 'pause = 0.2\n[[fault]]\nkind = "cut"\nstart = 0.1\nduration = 0.5\n')
+    cut.write_text(QUICK + 'depth = 1\npause = 0.2\n[[fault]]\nkind = "cut"\nstart = 0.1\nduration = 0.5\n')
     command = [sys.executable, "-m", "ustack", "pressure", "run", "treatment", str(control), str(cut), "--real", "--json", "-"]
     done = subprocess.run(
         [*command, "--pool", "kmalloc"], env=environment(), capture_output=True, text=True, timeout=60, check=False
