@@ -106,7 +106,7 @@ server is learned while memory is out, since ARP needs no memory of an ordinary 
 does not get in (43). And Phillips was right that somebody must bound what is in flight: the reserve is made for so many
 requests, and with more of them it runs out (44).
 """,
-        (6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 43, 44, 45),
+        (6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 43, 44, 45, 46),
         (),
     ),
     (

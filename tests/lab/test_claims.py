@@ -66,6 +66,7 @@ VERDICTS = {
     43: "partly",
     44: "true",
     45: "true",
+    46: "true",
 }
 """What the experiments say. One that changes its mind is a discovery, in the pool or in the experiment."""
 

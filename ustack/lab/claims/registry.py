@@ -19,7 +19,7 @@ Verdict = Literal["true", "false", "partly"]
 Figure = float | str | list["Figure"] | dict[str, "Figure"]
 """A measured value, as JSON has it."""
 
-MODULES: Final = ("sharing", "packing", "classes", "pages", "groups", "lanes", "delivery", "speed")
+MODULES: Final = ("sharing", "packing", "classes", "pages", "groups", "lanes", "delivery", "reserve", "speed")
 
 SEED: Final = 2006
 
