@@ -122,6 +122,9 @@ OPTIONS: Final = {
     "IPPROTO_IP": {
         "IP_TOS": "The type-of-service byte of what the socket sends.",
         "IP_TTL": "The time to live of what the socket sends.",
+        "IP_MTU_DISCOVER": "What becomes of a datagram that is longer than the path MTU: 0 never DF, 1 fragments, 2 refused, "
+        "3 the device's MTU alone counts (linux/in.h; the value is 10).",
+        "IP_MTU": "The path MTU of a connected socket, in bytes; read only (linux/in.h; the value is 14).",
     },
 }
 """What each option means, by level and name."""
@@ -311,6 +314,8 @@ def _number(name: str) -> int:
 
 def _asked(stream: Socket, datagram: Socket, level_name: str, option_name: str) -> tuple[str, str]:
     level, option = getattr(names, level_name), _number(option_name)
+    if option_name == "IP_MTU":
+        return "to be read only", "ENOTCONN"
     first = [_first(each.getsockopt(level, option)) for each in (stream, datagram)]
     at_first = first[0] if first[0] == first[1] else " / ".join(first)
     if (level, option) not in SETTERS:

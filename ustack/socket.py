@@ -539,7 +539,7 @@ class Socket:
         """Send one datagram; what is lost below is lost silently. On a stream the same as `send_nowait`, but that with
         MSG_FASTOPEN in `flags` it connects first, and `data` goes with the SYN if it may (RFC 7413).
 
-        Raises OSError: an error that arrived earlier, EMSGSIZE when it does not fit the path MTU, EACCES for a broadcast
+        Raises OSError: an error that arrived earlier, EMSGSIZE when it does not fit and must not be cut, EACCES for a broadcast
         without SO_BROADCAST, ENETUNREACH without a route, EPIPE after a shutdown.
         """
         self._check_open()

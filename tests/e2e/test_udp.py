@@ -12,6 +12,8 @@ import pytest
 from tests.e2e.capture import capture
 from tests.e2e.conftest import KERNEL, OURS, kernel_socket, until
 from tests.e2e.peers import nc_udp
+from ustack.net.path import PMTUDISC_DO
+from ustack.socket_options import IP_MTU_DISCOVER
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,9 +93,10 @@ async def test_large_datagrams_need_a_large_mtu(stack_on_tap: StackOnTap, netns:
         echoing.cancel()
 
 
-async def test_what_does_not_fit_is_refused_before_it_is_sent(stack_on_tap: StackOnTap) -> None:
+async def test_what_does_not_fit_and_must_not_be_cut_is_refused_before_it_is_sent(stack_on_tap: StackOnTap) -> None:
     stack = await stack_on_tap()
     with bound(stack) as ours:
+        ours.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DO)
         with pytest.raises(OSError, match="Message too long") as refused:
             await ours.sendto(PATTERN[: MOST + 1], (KERNEL, 9))
         assert refused.value.errno == errno.EMSGSIZE
