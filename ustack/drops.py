@@ -126,6 +126,8 @@ DROPS_OF_OTHERS: Final = frozenset(
     {
         DropReason.TX_DEVICE,
         DropReason.ICMP_RATELIMIT,
+        DropReason.FRAG_EVICTED,
+        DropReason.FRAG_TOO_FAR,
         DropReason.TCP_OFO_QUEUE_PRUNE,
         DropReason.NEIGH_QUEUEFULL,
         DropReason.NEIGH_FAILED,
