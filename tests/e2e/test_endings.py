@@ -131,7 +131,7 @@ async def test_a_thousand_short_connections_to_the_kernel(stack_on_tap: StackOnT
     server.close()
     await until(lambda: stack.mib.TcpExtTW == 1000)
     assert stack.mib.TcpOutRsts == 0
-    assert [account.bytes for account in stack.accounts()] == [0] * 5
+    assert not any(account.bytes for account in stack.accounts())
 
 
 async def test_a_port_where_nobody_listens_refuses_both_ways(stack_on_tap: StackOnTap, netns: Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import closing
 from random import Random
 from typing import TYPE_CHECKING, Final
@@ -11,6 +12,8 @@ import pytest
 from tests.e2e.conftest import KERNEL, OURS
 from tests.e2e.peers import nc, ping
 from tests.needs import require_tool
+from ustack.net.path import PMTUDISC_DO
+from ustack.socket_options import IP_MTU_DISCOVER
 
 if TYPE_CHECKING:
     import asyncio
@@ -147,6 +150,7 @@ async def test_a_datagram_too_large_for_the_path_is_refused_once_that_is_known(
     narrow(netns, 1200)
     assert await echoed(stack, far, DATA[:100_000]) == DATA[:100_000]
     with stack.socket(type=2) as ours:
+        ours.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DO)
         with pytest.raises(OSError, match="Message too long"):
             await ours.sendto(bytes(1173), (FAR, 9))
         await ours.sendto(bytes(1172), (FAR, 9))

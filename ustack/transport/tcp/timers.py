@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ustack.transport.tcp import output, pacing
 from ustack.transport.tcp.arming import PROBE, REORDERING, TIMEOUT, rearm_timeout
+from ustack.transport.tcp.inflight import SACKED
 from ustack.transport.tcp.output import ACK_NONE
 from ustack.transport.tcp.states import State
 
@@ -78,7 +79,13 @@ def _send_loss_probe(conn: Connection) -> None:
         before = conn.snd_nxt
         if not output.send_one(conn):
             index = len(inflight.segments) - 1
+            while index and inflight.segments[index].flags & SACKED:
+                index -= 1  # the last that may be missing
             last = inflight.segments[index]
+            if last.flags & SACKED:
+                conn.waits_for = PROBE
+                rearm_timeout(conn)
+                return
             if last.end - last.seq - last.fin > conn.mss:
                 cut = (last.end - last.fin - 1 - last.seq) // conn.mss * conn.mss
                 inflight.split(index, last.seq + cut)
