@@ -380,11 +380,10 @@ class NtaPool(Pool):
         if self.faithful and addr not in chunks:
             # A miscounted run. The patch unlinks whatever begins there, of any size; if that is live memory, it takes the
             # packet for list pointers and writes through them. We leave it at handing the packet out again.
-            for count, chunks in enumerate(lane.lists):  # noqa: B007, PLR1704
-                if addr in chunks:
-                    break
-            else:
+            count = next((other for other, listed in enumerate(lane.lists) if addr in listed), -1)
+            if count < 0:
                 return
+            chunks = lane.lists[count]
         del chunks[addr]
         if not chunks:
             lane.nonempty ^= 1 << count
