@@ -34,15 +34,24 @@ class Ping(NamedTuple):
 
 
 async def ping(
-    namespace: Namespace, address: str, *, count: int = 3, size: int = 56, interval: float = 0.01, dont_fragment: bool = False
+    namespace: Namespace,
+    address: str,
+    *,
+    count: int = 3,
+    size: int = 56,
+    interval: float = 0.01,
+    patience: int = 10,
+    dont_fragment: bool = False,
 ) -> Ping:
-    """Send `count` echo requests with `size` bytes of payload every `interval` seconds; a reply lost is counted, not raised."""
+    """Send echo requests with `size` bytes of payload every `interval` seconds until `count` are answered, or for `patience`
+    seconds. A reply lost is counted, not raised.
+    """
     done = await namespace.arun(
-        *(require_tool("ping"), "-n", "-c", str(count), "-s", str(size), "-i", str(interval), "-W", "2"),
+        *(require_tool("ping"), "-n", "-c", str(count), "-s", str(size), "-i", str(interval), "-w", str(patience)),
         *(("-M", "do") if dont_fragment else ()),
         address,
         check=False,
-        timeout=count * (interval + 2) + 10,
+        timeout=patience + 10,
     )
     output = (done.stdout + done.stderr).decode()
     counted = PING_SUMMARY.search(output)

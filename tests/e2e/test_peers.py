@@ -62,7 +62,7 @@ async def test_ping_counts_what_came_back(cable: tuple[Namespace, Namespace]) ->
 
 
 async def test_ping_counts_what_did_not_come_back(cable: tuple[Namespace, Namespace]) -> None:
-    lost = await ping(cable[0], "10.77.1.99", count=1)
+    lost = await ping(cable[0], "10.77.1.99", count=1, interval=1, patience=1)
     assert (lost.sent, lost.received) == (1, 0)
 
 

@@ -95,7 +95,7 @@ async def test_a_host_that_we_have_no_route_to_is_unreachable(stack_on_tap: Stac
     stack = await stack_on_tap()
     with stack.socket() as ours, pytest.raises(OSError, match="Network is unreachable"):
         await ours.connect((FAR, 80))
-    assert (await ping(far, OURS, count=1)).received == 0
+    assert (await ping(far, OURS, count=1, patience=1)).received == 0
     assert "IP_OUTNOROUTES" in stack.drops.by_name()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ustack.timers import NEVER
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ustack.env import Env
     from ustack.link.device import Device
     from ustack.timers import Timers
+
+BATCHES_BEFORE_TIMERS: Final = 16
+"""Batches received before timers fire: the queue of a TAP device at its usual length. A flood delays no timer by more."""
 
 
 class Pumped(Protocol):
@@ -93,6 +96,12 @@ class Pump:
         self._stack.timers.now = monotonic()
         self._stack.receive(device)
 
+    def _drain(self, device: Device) -> None:
+        for _ in range(BATCHES_BEFORE_TIMERS):
+            self._stack.timers.now = monotonic()
+            if not self._stack.receive(device):
+                return
+
     def _flush_soon(self) -> None:
         if self._flush_handle is None and self._loop is not None:
             self._flush_handle = self._loop.call_soon(self._flush)
@@ -113,5 +122,9 @@ class Pump:
         self._alarm = None
         self._alarm_at = NEVER
         stack = self._stack
+        # An answer that came while we were kept from running is heard before a timer says that none came: uvloop fires timers
+        # before it looks at descriptors, and one batch may not be all that waits.
+        for device in self._devices:
+            self._drain(device)
         stack.advance(monotonic())
         self._set_alarm(stack.timers.next_deadline())
