@@ -1,7 +1,7 @@
 """Numbers of the NBD protocol, under the names that the specification gives them.
 
-Source: NetworkBlockDevice/nbd, doc/proto.md (public domain). Only what this package speaks is listed; TLS, extended headers and
-meta contexts have their option numbers here so that a refused option can be named.
+Source: NetworkBlockDevice/nbd, doc/proto.md with its branch extension-ext-header (public domain). Only what this package speaks
+is listed.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ OPTION_NAMES: Final[dict[int, str]] = {
 NBD_REP_ACK: Final = 1
 NBD_REP_SERVER: Final = 2
 NBD_REP_INFO: Final = 3
+NBD_REP_META_CONTEXT: Final = 4
 NBD_REP_FLAG_ERROR: Final = 1 << 31
 NBD_REP_ERR_UNSUP: Final = NBD_REP_FLAG_ERROR + 1
 NBD_REP_ERR_POLICY: Final = NBD_REP_FLAG_ERROR + 2
@@ -90,10 +91,13 @@ NBD_FLAG_SEND_DF: Final = 1 << 7
 NBD_FLAG_CAN_MULTI_CONN: Final = 1 << 8
 NBD_FLAG_SEND_CACHE: Final = 1 << 10
 NBD_FLAG_SEND_FAST_ZERO: Final = 1 << 11
+NBD_FLAG_BLOCK_STATUS_PAYLOAD: Final = 1 << 12
 
 NBD_REQUEST_MAGIC: Final = 0x25609513
 NBD_SIMPLE_REPLY_MAGIC: Final = 0x67446698
 NBD_STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
+NBD_EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71
+NBD_EXTENDED_REPLY_MAGIC: Final = 0x6E8A278C
 
 NBD_CMD_READ: Final = 0
 NBD_CMD_WRITE: Final = 1
@@ -102,6 +106,7 @@ NBD_CMD_FLUSH: Final = 3
 NBD_CMD_TRIM: Final = 4
 NBD_CMD_CACHE: Final = 5
 NBD_CMD_WRITE_ZEROES: Final = 6
+NBD_CMD_BLOCK_STATUS: Final = 7
 
 COMMAND_NAMES: Final[dict[int, str]] = {
     NBD_CMD_READ: "NBD_CMD_READ",
@@ -111,19 +116,30 @@ COMMAND_NAMES: Final[dict[int, str]] = {
     NBD_CMD_TRIM: "NBD_CMD_TRIM",
     NBD_CMD_CACHE: "NBD_CMD_CACHE",
     NBD_CMD_WRITE_ZEROES: "NBD_CMD_WRITE_ZEROES",
+    NBD_CMD_BLOCK_STATUS: "NBD_CMD_BLOCK_STATUS",
 }
 
 NBD_CMD_FLAG_FUA: Final = 1 << 0
 NBD_CMD_FLAG_NO_HOLE: Final = 1 << 1
 NBD_CMD_FLAG_DF: Final = 1 << 2
+NBD_CMD_FLAG_REQ_ONE: Final = 1 << 3
+NBD_CMD_FLAG_FAST_ZERO: Final = 1 << 4
+NBD_CMD_FLAG_PAYLOAD_LEN: Final = 1 << 5
 
 NBD_REPLY_FLAG_DONE: Final = 1 << 0
 NBD_REPLY_TYPE_NONE: Final = 0
 NBD_REPLY_TYPE_OFFSET_DATA: Final = 1
 NBD_REPLY_TYPE_OFFSET_HOLE: Final = 2
+NBD_REPLY_TYPE_BLOCK_STATUS: Final = 5
+NBD_REPLY_TYPE_BLOCK_STATUS_EXT: Final = 6
 NBD_REPLY_TYPE_FLAG_ERROR: Final = 1 << 15
 NBD_REPLY_TYPE_ERROR: Final = NBD_REPLY_TYPE_FLAG_ERROR + 1
 NBD_REPLY_TYPE_ERROR_OFFSET: Final = NBD_REPLY_TYPE_FLAG_ERROR + 2
+
+BASE_ALLOCATION: Final = "base:allocation"
+"""The meta context that every server with block status has: which parts are holes, which read as zeroes."""
+NBD_STATE_HOLE: Final = 1 << 0
+NBD_STATE_ZERO: Final = 1 << 1
 
 NBD_EPERM: Final = 1
 NBD_EIO: Final = 5
@@ -163,5 +179,7 @@ DEFAULT_MINIMUM_BLOCK: Final = 1
 """Bytes, when the server names no block sizes ("Block size constraints")."""
 DEFAULT_PREFERRED_BLOCK: Final = 4096
 DEFAULT_MAXIMUM_PAYLOAD: Final = 32 << 20
+MAX_DESCRIPTORS: Final = 1 << 20
+"""Extents that one NBD_REPLY_TYPE_BLOCK_STATUS chunk may have ("Request types")."""
 NBD_DEFAULT_PORT: Final = 10809
 """TCP port assigned by IANA."""
