@@ -49,6 +49,14 @@ class DropReason(IntEnum):
     """Fragments given up because all together, or those of their source, took too much memory."""
     DEV_READY = auto()
     """The interface is down, or went down."""
+    IPV6_BAD_EXTHDR = auto()
+    """An IPv6 extension header that is malformed, unknown, misplaced, or one too many."""
+    IPV6_NDISC_HOP_LIMIT = auto()
+    """A message of Neighbor Discovery that came from beyond the link: its hop limit is not 255."""
+    IPV6_NDISC_BAD_OPTIONS = auto()
+    """A message of Neighbor Discovery that is malformed, or says what it must not."""
+    IPV6_NDISC_NS_OTHERHOST = auto()
+    """A neighbor solicitation for somebody else, or an advertisement that nobody asked for."""
     NEIGH_FAILED = auto()
     """The next hop did not answer address resolution."""
     NEIGH_QUEUEFULL = auto()

@@ -9,6 +9,29 @@ class Mib:
     """One plain int for each counter, never reset; `as_dict` gives all of them by name."""
 
     __slots__ = (
+        "Icmp6InCsumErrors",
+        "Icmp6InDestUnreachs",
+        "Icmp6InEchoReplies",
+        "Icmp6InEchos",
+        "Icmp6InErrors",
+        "Icmp6InMsgs",
+        "Icmp6InNeighborAdvertisements",
+        "Icmp6InNeighborSolicits",
+        "Icmp6InParmProblems",
+        "Icmp6InPktTooBigs",
+        "Icmp6InRedirects",
+        "Icmp6InRouterAdvertisements",
+        "Icmp6InTimeExcds",
+        "Icmp6OutDestUnreachs",
+        "Icmp6OutEchoReplies",
+        "Icmp6OutEchos",
+        "Icmp6OutMLDv2Reports",
+        "Icmp6OutMsgs",
+        "Icmp6OutNeighborAdvertisements",
+        "Icmp6OutNeighborSolicits",
+        "Icmp6OutParmProblems",
+        "Icmp6OutRouterSolicits",
+        "Icmp6OutTimeExcds",
         "IcmpInEchos",
         "IcmpInErrors",
         "IcmpInMsgs",
@@ -19,7 +42,13 @@ class Mib:
         "Ip6FragCreates",
         "Ip6FragFails",
         "Ip6FragOKs",
+        "Ip6InDelivers",
+        "Ip6InReceives",
         "Ip6OutRequests",
+        "Ip6ReasmFails",
+        "Ip6ReasmOKs",
+        "Ip6ReasmReqds",
+        "Ip6ReasmTimeout",
         "IpFragCreates",
         "IpFragFails",
         "IpFragOKs",
@@ -96,6 +125,50 @@ class Mib:
     )
 
     def __init__(self) -> None:
+        self.Icmp6InCsumErrors = 0
+        """ICMPv6 messages with a wrong checksum."""
+        self.Icmp6InDestUnreachs = 0
+        """"Destination unreachable" messages received over IPv6."""
+        self.Icmp6InEchoReplies = 0
+        """Echo replies received over IPv6."""
+        self.Icmp6InEchos = 0
+        """Echo requests received over IPv6."""
+        self.Icmp6InErrors = 0
+        """ICMPv6 messages refused: malformed, with a wrong checksum, or an error about nothing of ours."""
+        self.Icmp6InMsgs = 0
+        """ICMPv6 messages received, those refused included."""
+        self.Icmp6InNeighborAdvertisements = 0
+        """Neighbor advertisements received."""
+        self.Icmp6InNeighborSolicits = 0
+        """Neighbor solicitations received."""
+        self.Icmp6InParmProblems = 0
+        """"Parameter problem" messages received over IPv6."""
+        self.Icmp6InPktTooBigs = 0
+        """"Packet too big" messages received."""
+        self.Icmp6InRedirects = 0
+        """Redirects received over IPv6."""
+        self.Icmp6InRouterAdvertisements = 0
+        """Router advertisements received."""
+        self.Icmp6InTimeExcds = 0
+        """"Time exceeded" messages received over IPv6."""
+        self.Icmp6OutDestUnreachs = 0
+        """"Destination unreachable" messages sent over IPv6."""
+        self.Icmp6OutEchoReplies = 0
+        """Echo replies sent over IPv6."""
+        self.Icmp6OutEchos = 0
+        """Echo requests sent over IPv6."""
+        self.Icmp6OutMLDv2Reports = 0
+        """Reports of the groups that we listen to."""
+        self.Icmp6OutMsgs = 0
+        """ICMPv6 messages sent."""
+        self.Icmp6OutNeighborAdvertisements = 0
+        """Neighbor advertisements sent."""
+        self.Icmp6OutNeighborSolicits = 0
+        """Neighbor solicitations sent."""
+        self.Icmp6OutParmProblems = 0
+        """"Parameter problem" messages sent over IPv6."""
+        self.Icmp6OutRouterSolicits = 0
+        """Router solicitations sent."""
         self.IcmpInEchos = 0
         """Echo requests received, other than to a broadcast address."""
         self.IcmpInErrors = 0
@@ -116,6 +189,20 @@ class Mib:
         """IPv6 packets that were too long for their path and must not, or could not, be sent as fragments."""
         self.Ip6FragOKs = 0
         """IPv6 packets that were sent as fragments."""
+        self.Ip6InDelivers = 0
+        """IPv6 packets handed to the protocol that they name."""
+        self.Ip6InReceives = 0
+        """IPv6 packets received, those dropped included."""
+        self.Ip6ReasmReqds = 0
+        """IPv6 fragments received."""
+        self.Ip6ReasmOKs = 0
+        """IPv6 packets put together."""
+        self.Ip6ReasmFails = 0
+        """IPv6 packets, or fragments, that could not be put together."""
+        self.Ip6ReasmTimeout = 0
+        """IPv6 packets that were not whole in time."""
+        self.Icmp6OutTimeExcds = 0
+        """"Time exceeded" messages sent over IPv6."""
         self.Ip6OutRequests = 0
         """IPv6 packets that a protocol asked to send, those dropped on the way included."""
         self.IpFragCreates = 0

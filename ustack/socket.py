@@ -13,10 +13,11 @@ import select
 import socket as names
 import termios
 from collections import deque
-from ipaddress import AddressValueError, IPv4Address
 from typing import TYPE_CHECKING, Final, Protocol
 
+from ustack import sockaddr
 from ustack.mem.reserve import Demand
+from ustack.net.addresses import ANY4, ANY6, is_any, is_multicast
 from ustack.socket_options import GETTERS, SETTERS, TCP_INQ
 from ustack.socket_poll import readiness
 from ustack.transport.events import READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
@@ -31,17 +32,15 @@ if TYPE_CHECKING:
     from ustack.env import Env
     from ustack.mem.page_flip import GivenPages, PageFlipper
     from ustack.mem.reserve import Reserve
-    from ustack.net.ipv4 import Ipv4
+    from ustack.net.interface import Interface
+    from ustack.net.ip import Ip
     from ustack.skb import Buffer
+    from ustack.sockaddr import Address
     from ustack.transport.tcp.connection import Connection
     from ustack.transport.tcp.listener import Listener
     from ustack.transport.tcp.protocol import Tcp
     from ustack.transport.udp import Udp, UdpSocket
 
-Address = tuple[str, int]
-"""Host as dotted decimals ("" for any, when binding) and port."""
-
-ANY: Final = "0.0.0.0"
 SIOCINQ: Final = termios.FIONREAD
 """Ask `Socket.ioctl` for the bytes that wait to be read (tcp(7))."""
 
@@ -55,7 +54,8 @@ class Host(Protocol):
     """What a socket needs of its stack."""
 
     env: Env
-    ip: Ipv4
+    inet: Ip
+    interfaces: list[Interface]
     tcp: Tcp
     udp: Udp
     reserve: Reserve
@@ -69,34 +69,9 @@ def _error(code: int) -> OSError:
     return OSError(code, os.strerror(code))
 
 
-def pack_host(host: str) -> bytes | None:
-    """The packed form of an IPv4 address; None for "" and 0.0.0.0. Raises gaierror for anything else: there is no name
-    service.
-    """
-    if host in ("", ANY):
-        return None
-    try:
-        return IPv4Address(host).packed
-    except AddressValueError:
-        raise names.gaierror(names.EAI_NONAME, f"{host!r} is not an IPv4 address, and the stack has no name service") from None
-
-
-def _destination(address: Address) -> tuple[bytes | None, int]:
-    """`address` with its host packed (`pack_host`). Raises gaierror for a name, OverflowError for a port that is none."""
-    host, port = address
-    if not 0 <= port <= 65535:
-        raise OverflowError("port must be 0-65535")
-    return pack_host(host), port
-
-
-def unpack_host(address: bytes | None) -> str:
-    """The dotted decimals of a packed address; 0.0.0.0 for None."""
-    return ANY if address is None else names.inet_ntoa(address)
-
-
 class Socket:
-    """An endpoint: `family` AF_INET, `type` SOCK_STREAM or SOCK_DGRAM. Made by `Stack.socket`; also a context manager that
-    closes it.
+    """An endpoint: `family` AF_INET or AF_INET6, `type` SOCK_STREAM or SOCK_DGRAM. Made by `Stack.socket`; also a context
+    manager that closes it.
     """
 
     __slots__ = (
@@ -128,7 +103,7 @@ class Socket:
     """The UDP socket of a SOCK_DGRAM."""
 
     def __init__(self, host: Host, family: int, type: int) -> None:
-        if family != names.AF_INET:
+        if family not in (names.AF_INET, names.AF_INET6):
             raise _error(errno.EAFNOSUPPORT)
         if type not in (names.SOCK_STREAM, names.SOCK_DGRAM):
             raise _error(errno.EPROTONOSUPPORT)
@@ -147,7 +122,7 @@ class Socket:
         self._readers: deque[asyncio.Future[None]] = deque()
         self._writers: deque[asyncio.Future[None]] = deque()
         if type == names.SOCK_DGRAM:
-            self.datagram = host.udp.socket(self.options)
+            self.datagram = host.udp.socket(self.options, self._wildcard())
             self.datagram.wake = self._wake
 
     def __enter__(self) -> Self:
@@ -198,6 +173,41 @@ class Socket:
 
     # -- names --
 
+    def _wildcard(self) -> bytes | None:
+        """What stands for all our addresses that the socket can have: None is both versions (RFC 3493, section 5.3)."""
+        if self.family == names.AF_INET:
+            return ANY4
+        return ANY6 if self.options.v6only else None
+
+    def set_v6only(self, on: bool) -> None:
+        """Take no IPv4, or IPv4 as well (IPV6_V6ONLY). Raises OSError EINVAL once the socket is bound."""
+        if self._bound is not None or self.stream is not None or (self.datagram is not None and self.datagram.port):
+            raise _error(errno.EINVAL)
+        self.options.v6only = on
+        if self.datagram is not None:
+            self.datagram.wildcard = self.datagram.bound = self._wildcard()
+
+    def _local(self, address: Address) -> tuple[bytes | None, int]:
+        """`address` to bind to, as the layers below have it. Raises OSError EINVAL for IPv4 on a socket that is IPv6 only."""
+        packed, port = sockaddr.pack(self.family, address, self.host.interfaces)
+        if packed == ANY6 or (packed == ANY4 and self.family == names.AF_INET):
+            return self._wildcard(), port
+        if len(packed) == 4 and self.options.v6only:
+            raise _error(errno.EINVAL)
+        return packed, port
+
+    def _remote(self, address: Address) -> tuple[bytes | None, int]:
+        """`address` to send to; its host is None when that is nobody. Raises OSError ENETUNREACH for IPv4 on a socket that is
+        IPv6 only.
+        """
+        packed, port = sockaddr.pack(self.family, address, self.host.interfaces)
+        if len(packed) == 4 and self.options.v6only:
+            raise _error(errno.ENETUNREACH)
+        return (None if is_any(packed) else packed), port
+
+    def _named(self, local: bytes | None, port: int) -> Address:
+        return sockaddr.unpack(self.family, local, port)
+
     def bind(self, address: Address) -> None:
         """Bind to a local `address`; port 0 chooses one.
 
@@ -205,13 +215,13 @@ class Socket:
         that is none.
         """
         self._check_open()
-        packed, port = _destination(address)
+        packed, port = self._local(address)
         if self.datagram is not None:
-            self.datagram.bind(packed or bytes(4), port)
+            self.datagram.bind(packed, port)
             return
         if self._bound is not None or self.stream is not None:
             raise _error(errno.EINVAL)
-        if packed is not None and packed not in self.host.ip.addresses:
+        if packed is not None and not is_any(packed) and not self.host.inet.is_own(packed):
             raise _error(errno.EADDRNOTAVAIL)
         tcp = self.host.tcp
         if port:
@@ -224,14 +234,10 @@ class Socket:
         """The local address."""
         self._check_open()
         if self.datagram is not None:
-            local, port = self.datagram.local
-            return unpack_host(local), port
+            return self._named(*self.datagram.local)
         if self.stream is not None:
-            local, port = self.stream.local
-            return unpack_host(local), port
-        if self._bound is None:
-            return ANY, 0
-        return unpack_host(self._bound[0]), self._bound[1]
+            return self._named(*self.stream.local)
+        return self._named(*(self._bound or (self._wildcard(), 0)))
 
     def getpeername(self) -> Address:
         """The peer's address. Raises OSError ENOTCONN."""
@@ -239,12 +245,11 @@ class Socket:
         if self.datagram is not None:
             if self.datagram.remote is None:
                 raise _error(errno.ENOTCONN)
-            return unpack_host(self.datagram.remote[0]), self.datagram.remote[1]
+            return self._named(*self.datagram.remote)
         conn = self.stream
         if conn is None or not (conn.synchronized or conn.shutdown_mask == 0):
             raise _error(errno.ENOTCONN)
-        remote, port = conn.remote
-        return unpack_host(remote), port
+        return self._named(*conn.remote)
 
     # -- opening --
 
@@ -259,7 +264,7 @@ class Socket:
             self._listener.backlog = max(backlog, 1)
             return
         if self._bound is None:
-            self._bound = (None, self.host.tcp.free_port())
+            self._bound = (self._wildcard(), self.host.tcp.free_port())
         self._listener = self.host.tcp.listen(*self._bound, backlog, self.options)
         self._listener.wake = self._wake
 
@@ -273,8 +278,7 @@ class Socket:
         conn = self._listener.accept()
         accepted = Socket(self.host, self.family, self.type)
         accepted._adopt(conn)
-        remote, port = conn.remote
-        return accepted, (unpack_host(remote), port)
+        return accepted, self._named(*conn.remote)
 
     def _adopt(self, conn: Connection) -> None:
         self.stream = conn
@@ -296,7 +300,7 @@ class Socket:
         BlockingIOError EALREADY, nothing the first time after it was made and EISCONN from then on, or why it failed.
         """
         self._check_open()
-        packed, port = _destination(address)
+        packed, port = self._remote(address)
         if packed is None:
             raise _error(errno.ECONNREFUSED)
         self.host.tick()
@@ -317,8 +321,8 @@ class Socket:
     def _open(self, packed: bytes, port: int, early: Buffer | None = None) -> Connection:
         """Send a SYN, with what of `early` may go with it (RFC 7413)."""
         local, local_port = self._bound or (None, 0)
-        path = self.host.ip.path(packed, local)
-        if path.broadcast:
+        path = self.host.inet.path(packed, None if local is None or is_any(local) else local)
+        if path.broadcast or is_multicast(packed):
             raise _error(errno.ENETUNREACH)
         self.stream = conn = self.host.tcp.connect(path, local_port, port, self.options, early)
         conn.wake = self._wake
@@ -332,7 +336,7 @@ class Socket:
 
         Raises BlockingIOError EINPROGRESS when none may, because the server's cookie is not known yet.
         """
-        packed, port = _destination(address)
+        packed, port = self._remote(address)
         if packed is None:
             raise _error(errno.ECONNREFUSED)
         self.host.tick()
@@ -524,8 +528,8 @@ class Socket:
             raise ValueError("negative buffersize in recvfrom")
         if self.datagram is None:
             return self.recv_nowait(size), self.getpeername()
-        data, (host, port) = self.datagram.recvfrom_nowait(size)
-        return data, (unpack_host(host), port)
+        data, sender = self.datagram.recvfrom_nowait(size)
+        return data, self._named(*sender)
 
     async def recvfrom(self, size: int) -> tuple[bytes, Address]:
         """Wait for a datagram; see `recvfrom_nowait`."""
@@ -549,7 +553,7 @@ class Socket:
                     raise _error(errno.EISCONN if self.stream is None or not self._connecting else errno.EALREADY)
                 return self._fast_open(data, address)
             return self.send_nowait(data, flags)
-        packed, port = _destination(address)
+        packed, port = self._remote(address)
         if packed is None:
             raise _error(errno.ENETUNREACH)
         self.host.tick()

@@ -227,6 +227,32 @@ def _get_info(sock: Socket) -> bytes:
     return _INFO.pack(*(int(info.get(name, 0)) for name in INFO_FIELDS))
 
 
+def _ipv6(sock: Socket, value: int) -> int:
+    """`value`, of a socket that knows IPv6. Raises OSError ENOPROTOOPT for another."""
+    if sock.family != names.AF_INET6:
+        raise _error(errno.ENOPROTOOPT)
+    return value
+
+
+def _set_v6only(sock: Socket, _option: int, value: int | bytes) -> None:
+    sock.set_v6only(_ipv6(sock, _number(value)) != 0)
+
+
+def _set_hops(sock: Socket, _option: int, value: int | bytes) -> None:
+    """-1 is what the path says, as for IPV6_TCLASS (ipv6(7))."""
+    hops = _ipv6(sock, _number(value))
+    if not -1 <= hops <= 255:
+        raise _error(errno.EINVAL)
+    sock.options.ttl = max(hops, 0)
+
+
+def _set_tclass(sock: Socket, _option: int, value: int | bytes) -> None:
+    tclass = _ipv6(sock, _number(value))
+    if not -1 <= tclass <= 255:
+        raise _error(errno.EINVAL)
+    sock.options.tos = max(tclass, 0)
+
+
 def _get_linger(sock: Socket) -> bytes:
     seconds = sock.options.linger
     return _LINGER.pack(seconds >= 0, max(seconds, 0))
@@ -290,6 +316,9 @@ SETTERS: Final[dict[tuple[int, int], Setter]] = {
     (names.IPPROTO_IP, IP_MTU_DISCOVER): lambda sock, _, value: _set_within(
         sock, "pmtudisc", value, PMTUDISC_DONT, PMTUDISC_PROBE
     ),
+    (names.IPPROTO_IPV6, names.IPV6_V6ONLY): _set_v6only,
+    (names.IPPROTO_IPV6, names.IPV6_UNICAST_HOPS): _set_hops,
+    (names.IPPROTO_IPV6, names.IPV6_TCLASS): _set_tclass,
 }
 
 GETTERS: Final[dict[tuple[int, int], Getter]] = {
@@ -327,6 +356,9 @@ GETTERS: Final[dict[tuple[int, int], Getter]] = {
     (names.IPPROTO_TCP, names.TCP_SYNCNT): lambda sock: sock.options.syncnt or sock.host.tcp.config.syn_retries,
     (names.IPPROTO_TCP, names.TCP_USER_TIMEOUT): lambda sock: round(sock.options.user_timeout * 1000),
     (names.IPPROTO_IP, names.IP_TOS): lambda sock: sock.options.tos,
+    (names.IPPROTO_IPV6, names.IPV6_V6ONLY): lambda sock: _ipv6(sock, int(sock.options.v6only)),
+    (names.IPPROTO_IPV6, names.IPV6_UNICAST_HOPS): lambda sock: _ipv6(sock, sock.options.ttl or HOPS_DEFAULT),
+    (names.IPPROTO_IPV6, names.IPV6_TCLASS): lambda sock: _ipv6(sock, sock.options.tos),
     (names.IPPROTO_IP, names.IP_TTL): lambda sock: sock.options.ttl or HOPS_DEFAULT,
     (names.IPPROTO_IP, IP_MTU_DISCOVER): lambda sock: sock.options.pmtudisc,
     (names.IPPROTO_IP, IP_MTU): _get_mtu,

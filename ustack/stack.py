@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket as names
 from functools import partial
-from ipaddress import IPv4Interface, ip_address, ip_interface, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 from itertools import chain
 from random import Random, SystemRandom
 from time import time_ns
@@ -30,9 +30,12 @@ from ustack.mem.page_flip import PageFlipper, Policy
 from ustack.mem.reaper import Reaper
 from ustack.mem.reserve import Budget, Demand, Reserve
 from ustack.mib import Mib
-from ustack.net.interface import Interface
+from ustack.net.interface import Interface, InterfaceAddress, check_host
+from ustack.net.ip import Ip
 from ustack.net.ipv4 import Ipv4
+from ustack.net.ipv6 import Ipv6, Ipv6Config
 from ustack.skb import SkbMemory
+from ustack.sockaddr import pack_host
 from ustack.socket import Socket
 from ustack.timers import Timers
 from ustack.transport.tcp.config import TcpConfig
@@ -40,10 +43,12 @@ from ustack.transport.tcp.congestion import CONTROLS
 from ustack.transport.tcp.protocol import Tcp
 from ustack.transport.tcp.reserve_size import Link, budget, ring_pages
 from ustack.transport.udp import Udp, UdpConfig
+from ustack.wire.ipv6 import MIN_MTU
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable, Mapping
+    from ipaddress import IPv4Interface, IPv6Interface
     from ssl import SSLContext
     from typing import Any, Self
 
@@ -67,7 +72,8 @@ class Stack:
     sockets add up to; None: the page allocator's own default).
     `lock_memory` keeps the arena from being swapped out. `capture` are the bytes that sniffers may pin (see `link.sniffer`); 0:
     nobody sniffs, and the memory is private. `zero_copy` lets sockets give received data away as pages, by the policy "copy" or
-    "scrub" (see `mem.page_flip`); then nobody sniffs. `tcp` has the limits and times of TCP, `udp` the limits of UDP.
+    "scrub" (see `mem.page_flip`); then nobody sniffs. `tcp` has the limits and times of TCP, `udp` the limits of UDP,
+    `ipv6` what routers may say and how our own addresses are made.
     `random` seeds ports, sequence numbers and identifiers, and `now` is the clock in seconds until somebody moves it: leave
     them out except to repeat a run.
     Raises KeyError for a pool that does not exist, ValueError for less memory than a page or than the reserve and for `capture`
@@ -87,6 +93,7 @@ class Stack:
         zero_copy: Policy | None = None,
         tcp: TcpConfig | None = None,
         udp: UdpConfig | None = None,
+        ipv6: Ipv6Config | None = None,
         random: Random | None = None,
         now: float = 0.0,
     ) -> None:
@@ -109,8 +116,10 @@ class Stack:
             self.env, self.pages.min_pages if reserve is None else fixed, self._reserve_budget, self._ring_pages
         )
         self.ip = Ipv4(self.env)
-        self.tcp = Tcp(self.env, self.ip, tcp or TcpConfig())
-        self.udp = Udp(self.env, self.ip, udp or UdpConfig())
+        self.ip6 = Ipv6(self.env, ipv6)
+        self.inet = Ip(self.ip, self.ip6)
+        self.tcp = Tcp(self.env, self.inet, tcp or TcpConfig())
+        self.udp = Udp(self.env, self.inet, udp or UdpConfig())
         self.interfaces: list[Interface] = []
         self.flipper = None if zero_copy is None else PageFlipper(self.env.memory, zero_copy)
         self.sniffers = Sniffers(self.env.memory, self.drops, time_ns, capture)
@@ -119,26 +128,32 @@ class Stack:
 
     # -- devices and addresses --
 
-    def add_interface(self, device: Device, address: str, gateway: str | None = None) -> Interface:
-        """Attach `device` with `address` ("10.0.0.2/24"), and route everything else through `gateway` if there is one.
+    def add_interface(self, device: Device, address: str | None = None, gateway: str | None = None) -> Interface:
+        """Attach `device` with `address` ("10.0.0.2/24" or "fd00::2/64"), and route everything else of that version through
+        `gateway` if there is one. With an IPv6 address, or when `Ipv6Config` has routers believed, the interface speaks IPv6.
 
         Raises ValueError for an address or a gateway that cannot be used, OSError ENOMEM when the receive ring cannot be
         filled; the device is closed then.
         """
         try:
-            own = ip_interface(address)
-            if not isinstance(own, IPv4Interface):
-                raise ValueError(f"{address}: IPv6 is not available yet")
-            interface = Interface(self.env, device, own.ip.packed, own.network.prefixlen)
-            if gateway is not None:
-                router = ip_address(gateway).packed
-                if not interface.on_link(router) or router in (interface.address, interface.broadcast):
-                    raise ValueError(f"gateway {gateway} is no other host on the network of {address}")
+            own = None if address is None else ip_interface(address)
+            index = max((each.index for each in self.interfaces), default=0) + 1
+            interface = Interface(self.env, device, index=index)
+            if own is not None:
+                check_host(own.ip.packed, own.network.prefixlen)
+                if own.version == 4:
+                    interface.add_address(InterfaceAddress(own.ip.packed, own.network.prefixlen))
+                if gateway is not None:
+                    self._check_gateway(own, gateway)
             device.attach(self.env.memory, self.drops, interface.input)
             self.sniffers.watch(device)
             try:
                 self.ip.add_interface(interface)
+                if own is not None and own.version == 6:
+                    self.ip6.add_interface(interface).add_address(own.ip.packed, own.network.prefixlen)
             except ValueError:
+                if interface in self.ip.interfaces:
+                    self.ip.remove_interface(interface)
                 self.sniffers.forget(device)
                 raise
         except (ValueError, OSError):
@@ -146,13 +161,42 @@ class Stack:
             raise
         self.interfaces.append(interface)
         self.reserve.watch(device)
-        if gateway is not None:
-            self.add_route("0.0.0.0/0", gateway)
+        config = self.ip6.config
+        if (config.accept_ra or config.autoconf) and device.mtu >= MIN_MTU:
+            self.ip6.add_interface(interface)
+        if own is not None and gateway is not None:
+            router = pack_host(gateway, [interface])
+            table = self.ip.routes if own.version == 4 else self.ip6.routes
+            table.add(bytes(len(own.ip.packed)), 0, interface, router)
         self.pump.add(device)
         return interface
 
+    def _check_gateway(self, own: IPv4Interface | IPv6Interface, gateway: str) -> None:
+        router = ip_address(gateway)
+        network = own.network
+        unusable = {own.ip}
+        if own.version == 4 and network.prefixlen < 31:
+            unusable |= {network.network_address, network.broadcast_address}
+        link_local = own.version == router.version == 6 and router.is_link_local
+        if router.version != own.version or (router not in network and not link_local) or router in unusable:
+            raise ValueError(f"gateway {gateway} is no other host on the network of {own.with_prefixlen}")
+
+    def add_address(self, interface: Interface, address: str) -> None:
+        """Have one more `address` ("10.0.0.3/24" or "fd00::3/64") on `interface`. An IPv6 address can be used once nobody has
+        objected to it, which takes a second.
+
+        Raises ValueError for what cannot be an address, or is ours already.
+        """
+        own = ip_interface(address)
+        check_host(own.ip.packed, own.network.prefixlen)
+        if own.version == 4:
+            self.ip.add_address(interface, InterfaceAddress(own.ip.packed, own.network.prefixlen))
+        else:
+            self.ip6.add_interface(interface).add_address(own.ip.packed, own.network.prefixlen)
+
     def add_route(self, network: str, via: str, metric: int = 0, congestion: str = "") -> None:
-        """Send what is for `network` ("10.1.0.0/16") to the router `via`, which must be a neighbour of ours.
+        """Send what is for `network` ("10.1.0.0/16" or "fd01::/64") to the router `via`, which must be a neighbour of ours; a
+        link-local one says on which link ("fe80::1%tap0").
         `congestion` names the congestion control of TCP connections that take the route; empty: as configured.
 
         Raises ValueError, which says why, for a route that cannot work.
@@ -160,10 +204,14 @@ class Stack:
         if congestion and congestion not in CONTROLS:
             raise ValueError(f"route {network}: {congestion!r} is no congestion control: allowed is {', '.join(CONTROLS)}")
         target = ip_network(network)
-        router = ip_address(via).packed
+        try:
+            router = pack_host(via, self.interfaces)
+        except OSError as error:
+            raise ValueError(f"route {network} via {via}: {error}") from None
+        table = self.ip.routes if target.version == 4 else self.ip6.routes
         for interface in self.interfaces:
             if interface.on_link(router):
-                self.ip.routes.add(target.network_address.packed, target.prefixlen, interface, router, metric, congestion)
+                table.add(target.network_address.packed, target.prefixlen, interface, router, metric, congestion)
                 return
         raise ValueError(f"route {network} via {via}: {via} is on none of our networks")
 
@@ -194,7 +242,9 @@ class Stack:
             self.tcp.send_account,
             self.udp.account,
             self.ip.fragments.account,
+            self.ip6.fragments.account,
             *(interface.neighbours.account for interface in self.interfaces),
+            *(each.inet6.neighbours.account for each in self.interfaces if each.inet6 is not None),
         ]
 
     def compact(self) -> int:
@@ -234,7 +284,9 @@ class Stack:
     # -- for programs --
 
     def socket(self, family: int = names.AF_INET, type: int = names.SOCK_STREAM) -> Socket:
-        """A new socket: AF_INET with SOCK_STREAM or SOCK_DGRAM. Raises OSError EAFNOSUPPORT or EPROTONOSUPPORT for others."""
+        """A new socket: AF_INET or AF_INET6 with SOCK_STREAM or SOCK_DGRAM. Raises OSError EAFNOSUPPORT or EPROTONOSUPPORT for
+        others.
+        """
         return Socket(self, family, type)
 
     async def create_connection(
@@ -285,6 +337,7 @@ class Stack:
         self.pump.stop()
         self.tcp.close()
         self.udp.close()
+        self.ip6.close()
         self.ip.close()
         self.reaper.close()
         self.sniffers.close()

@@ -17,7 +17,9 @@ from ustack.link.rxring import PagedRing
 from ustack.link.simwire import SimDevice, WireFrame
 from ustack.mib import Mib
 from ustack.net.interface import Interface
+from ustack.net.ip import Ip
 from ustack.net.ipv4 import Ipv4
+from ustack.net.ipv6 import Ipv6
 from ustack.skb import SkbMemory
 from ustack.timers import Timers
 from ustack.transport.udp import Udp
@@ -66,7 +68,9 @@ class Host:
         self.interface = Interface(self.env, self.device, self.address, int(prefix_len), parameters)
         self.device.attach(self.env.memory, self.env.drops, self.interface.input)
         self.ipv4 = Ipv4(self.env)
-        self.udp = Udp(self.env, self.ipv4)
+        self.ipv6 = Ipv6(self.env)
+        self.ip = Ip(self.ipv4, self.ipv6)
+        self.udp = Udp(self.env, self.ip)
 
     def up(self) -> Host:
         """Use the interface, once its device is on a wire."""
@@ -89,6 +93,7 @@ class Host:
     def close(self) -> None:
         """Give everything back, also when the test has closed it already."""
         self.udp.close()
+        self.ipv6.close()
         self.ipv4.close()
         self.device.close()
 

@@ -65,7 +65,7 @@ def test_a_stack_that_cannot_be_made(idle_bench: Bench) -> None:
     bench.fails("EINVAL", "init")
     bench.fails("EINVAL", "init", iface="tap0", local_ip="nowhere", prefix=24)
     bench.fails("EINVAL", "init", iface="tap0", local_ip="192.0.2.2", prefix=24, gateway="198.51.100.1")
-    reply = bench.call("init", iface="tap0", ip_version=6, local_ip="2001:db8::2", prefix=64)
+    reply = bench.call("init", iface="tap0", ip_version=5, local_ip="2001:db8::2", prefix=64)
     assert (reply["errno"], reply["unsupported"]) == ("ENOSYS", True)
     assert bench.init()["started"] is True
     bench.fails("EINVAL", "init", iface="tap0")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tools.sockdriver.arguments import BadRequest, Unsupported
 from tools.sockdriver.hints import apply
 from ustack.link.tap import TapDevice
+from ustack.net.ipv6 import Ipv6Config
 from ustack.stack import Stack
 from ustack.transport.tcp.config import TcpConfig
 
@@ -18,17 +19,20 @@ def make_stack(args: Arguments) -> Stack:
     """The stack that `init` asks for, not running yet. Every frame on the wire is a packet of its own: there is no offload, and
     nothing is put together on the way in.
 
-    Raises OSError when the device cannot be opened, BadRequest for addresses that cannot be, Unsupported for IPv6.
+    Raises OSError when the device cannot be opened, BadRequest for addresses that cannot be, Unsupported for another version.
     """
-    if args.number("ip_version", 4) != 4:
-        raise Unsupported("the stack has no IPv6")
+    version = args.number("ip_version", 4)
+    if version not in (4, 6):
+        raise Unsupported(f"IP version {version}")
     config = TcpConfig(offload=False)
     set_up(config, args)
-    stack = Stack(tcp=config)
+    stack = Stack(tcp=config, ipv6=Ipv6Config(dad_transmits=0))
     device = TapDevice(args.text("iface"), offload=False)
     device.mtu = args.number("mtu", device.mtu)
     try:
-        stack.add_interface(device, f"{args.text('local_ip')}/{args.number('prefix', 24)}", args.get("gateway"))
+        stack.add_interface(
+            device, f"{args.text('local_ip')}/{args.number('prefix', 24 if version == 4 else 64)}", args.get("gateway")
+        )
     except ValueError as error:
         stack.close()
         raise BadRequest(str(error)) from None

@@ -35,7 +35,8 @@ from ustack.daemon.page_stream import PageStream
 from ustack.daemon.ping import PingSeries
 from ustack.daemon.relay import DatagramEnd, StreamEnd, accept_datagrams
 from ustack.link.sniffer import SNAPLEN_MAX
-from ustack.socket import pack_host, unpack_host
+from ustack.net import addresses
+from ustack.sockaddr import pack_host, unpack_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -293,10 +294,11 @@ class Session(asyncio.Protocol):
         if udp:
             if memalloc:
                 raise OSError(errno.EOPNOTSUPP, "memalloc is for TCP")
-            datagrams = stack.udp.socket()
+            peer = pack_host(host, stack.interfaces)
+            datagrams = stack.udp.socket(wildcard=addresses.ANY4 if len(peer) == 4 else addresses.ANY6)
             try:
                 stack.tick()
-                datagrams.connect(pack_host(host) or bytes(4), port)
+                datagrams.connect(peer, port)
             except BaseException:
                 datagrams.close()
                 raise
@@ -304,7 +306,9 @@ class Session(asyncio.Protocol):
             return
         far = StreamEnd()
         transport, _ = await stack.create_connection(lambda: far, host, port, memalloc=memalloc)
-        self._become_stream(far, {"local": transport.get_extra_info("sockname"), "peer": transport.get_extra_info("peername")})
+        self._become_stream(
+            far, {"local": transport.get_extra_info("sockname")[:2], "peer": transport.get_extra_info("peername")[:2]}
+        )
 
     async def _listen(self, port: int, host: str | None = None, udp: bool = False, map: bool = False) -> None:
         """Take one connection; a datagram's sender counts as one."""
@@ -330,9 +334,10 @@ class Session(asyncio.Protocol):
                 arrived.set_result(who)
 
         if udp:
-            datagrams = stack.udp.socket()
+            local = pack_host(host, stack.interfaces) if host else None
+            datagrams = stack.udp.socket(wildcard=None)
             try:
-                datagrams.bind(pack_host(host or "") or bytes(4), port)
+                datagrams.bind(local, port)
                 accept_datagrams(datagrams, on_arrival)
                 self._answer(ok={"local": _name(datagrams.local)})
                 peer = await arrived
@@ -457,5 +462,5 @@ def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
     return request["call"], args
 
 
-def _name(address: tuple[bytes, int]) -> list[object]:
+def _name(address: tuple[bytes | None, int]) -> list[object]:
     return [unpack_host(address[0]), address[1]]

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from ustack.net.path import PMTUDISC_DO, PMTUDISC_DONT, PMTUDISC_PROBE, PMTUDISC_WANT
-from ustack.socket import pack_host, unpack_host
+from ustack.sockaddr import pack_host, unpack_host
 from ustack.wire import icmp
 
 if TYPE_CHECKING:

@@ -33,6 +33,7 @@ TUNSETOFFLOAD: Final = 0x400454D0
 TUNSETVNETHDRSZ: Final = 0x400454D8
 TUN_F_CSUM: Final = 1
 TUN_F_TSO4: Final = 2
+TUN_F_TSO6: Final = 4
 TUN_F_TSO_ECN: Final = 8
 
 VLAN_HLEN: Final = 4
@@ -81,7 +82,7 @@ class TapDevice(Device):
         fcntl.ioctl(self._fd, TUNSETVNETHDRSZ, _INT.pack(vnet.HEADER_LEN))
         receive = 0
         if offload:
-            receive = TUN_F_CSUM | (TUN_F_TSO4 | TUN_F_TSO_ECN if mode == "paged" else 0)
+            receive = TUN_F_CSUM | (TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN if mode == "paged" else 0)
         fcntl.ioctl(self._fd, TUNSETOFFLOAD, receive)
         self._mode = mode
         self._vnet_in = bytearray(vnet.HEADER_LEN)
@@ -169,7 +170,10 @@ class TapDevice(Device):
         if csum_offset == NO_CSUM:
             vnet.HEADER.pack_into(self._vnet_out, 0, 0, 0, 0, 0, 0, 0)
         else:
-            gso_type = vnet.GSO_TCPV4 if gso_size else vnet.GSO_NONE
+            gso_type = vnet.GSO_NONE
+            if gso_size:
+                # The header before TCP is 20 bytes of IPv4 or 40 of IPv6: we send no options with super-frames.
+                gso_type = vnet.GSO_TCPV6 if csum_start >= ETH_HLEN + 40 else vnet.GSO_TCPV4
             vnet.HEADER.pack_into(self._vnet_out, 0, vnet.F_NEEDS_CSUM, gso_type, head_len, gso_size, csum_start, csum_offset)
 
     def close(self) -> None:

@@ -82,6 +82,23 @@ def is_v4_mapped(address: bytes) -> bool:
     return len(address) == 16 and address.startswith(V4_MAPPED)
 
 
+def is_any(address: bytes | None) -> bool:
+    """Whether it stands for all our addresses: 0.0.0.0, ::, or None for those of both versions."""
+    return address is None or address in (ANY4, ANY6)
+
+
+def overlap(a: bytes | None, b: bytes | None) -> bool:
+    """Whether a packet could be for both of the local addresses `a` and `b`, either of which may be `is_any`."""
+    if a is None or b is None:
+        return True
+    return (len(a) == 4) == (len(b) == 4) and (a == b or is_any(a) or is_any(b))
+
+
+def covers(bound: bytes | None, address: bytes) -> bool:
+    """Whether what is bound to `bound` gets packets for `address`."""
+    return bound is None or bound == address or bound == (ANY4 if len(address) == 4 else ANY6)
+
+
 def solicited_node(address: bytes) -> bytes:
     """The 16 bytes of the group in which the owner of the IPv6 `address` is asked for its link-layer address."""
     return SOLICITED_NODE + address[13:16]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from pools.arena import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
@@ -92,6 +92,10 @@ class NeighbourParameters:
     """Between two collections of entries that are old."""
     gc_stale_time: float = 60.0
     """How long nobody must have used an entry for it to be old."""
+
+    def with_times(self, base_reachable_time: float, retrans_time: float) -> NeighbourParameters:
+        """The same with the times that a router has set (RFC 4861, section 6.3.4)."""
+        return replace(self, base_reachable_time=base_reachable_time, retrans_time=retrans_time)
 
 
 class Neighbour:

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Final
 
 from pools.gfp import ATOMIC, MEMALLOC
 from ustack.drops import DropReason
+from ustack.link.device import ETH_HLEN
 from ustack.mem.protocol import ProtocolMemory, limits_for, pages_of
 from ustack.mem.socket import SocketMemory
+from ustack.net.addresses import ANY4, ANY6, covers, is_any, overlap
+from ustack.net.icmpv6 import errno_of
 from ustack.net.path import PMTUDISC_DO, PMTUDISC_PROBE, PMTUDISC_WANT
 from ustack.skb import Account
 from ustack.transport.events import READABLE, SHUT_RD, SHUT_WR, WRITABLE, nobody
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from ustack.env import Env
-    from ustack.net.ipv4 import Ipv4
+    from ustack.net.ip import Ip
     from ustack.net.layer import IpPacket
     from ustack.net.path import Path
     from ustack.skb import Buffer, Skb
@@ -40,8 +43,8 @@ if TYPE_CHECKING:
 Address = tuple[bytes, int]
 """A packed IP address and a port."""
 
-ANY: Final = bytes(4)
-"""The wildcard address."""
+ANY: Final = ANY4
+"""The wildcard address of IPv4."""
 
 PAYLOAD_MAX: Final = ipv4.TOTAL_MAX - ipv4.HEADER_LEN - udp.HEADER_LEN
 """Bytes of the largest datagram."""
@@ -92,11 +95,11 @@ class UdpConfig:
 class Udp:
     """UDP of one stack. All receive queues are charged to `account`, and by pages to `mem`, which knows no pressure."""
 
-    __slots__ = ("_drops", "_mib", "_pending", "_ports", "account", "config", "env", "ipv4", "mem")
+    __slots__ = ("_drops", "_mib", "_pending", "_ports", "account", "config", "env", "ip", "mem")
 
-    def __init__(self, env: Env, ipv4_layer: Ipv4, config: UdpConfig | None = None) -> None:
+    def __init__(self, env: Env, ip: Ip, config: UdpConfig | None = None) -> None:
         self.env = env
-        self.ipv4 = ipv4_layer
+        self.ip = ip
         self.config = config = config or UdpConfig()
         self.account = Account("udp receive")
         pages = env.memory.pages
@@ -105,12 +108,11 @@ class Udp:
         self._mib = env.mib
         self._ports: dict[int, list[UdpSocket]] = {}  # by local port; the one bound last comes last
         self._pending: list[UdpSocket] = []
-        ipv4_layer.register(ipv4.IPPROTO_UDP, self.input)
-        ipv4_layer.icmp.error_handlers[ipv4.IPPROTO_UDP] = self.on_icmp_error
+        ip.register(ipv4.IPPROTO_UDP, self.input, self.on_icmp_error, self.on_icmpv6_error)
 
-    def socket(self, options: SocketOptions | None = None) -> UdpSocket:
-        """A new socket, not bound yet."""
-        return UdpSocket(self, options or SocketOptions())
+    def socket(self, options: SocketOptions | None = None, wildcard: bytes | None = ANY) -> UdpSocket:
+        """A new socket, not bound yet, for the addresses that `wildcard` stands for (`addresses.is_any`)."""
+        return UdpSocket(self, options or SocketOptions(), wildcard)
 
     def sockets(self) -> list[UdpSocket]:
         """All bound sockets."""
@@ -157,7 +159,11 @@ class Udp:
         if not udp.HEADER_LEN <= length <= packet.l4_len:
             self._refuse(DropReason.UDP_LENGTH)
             return
-        if checksum and not frame.csum_ok:
+        if not checksum:
+            if len(packet.src) != 4:  # IPv6 has no other checksum (RFC 8200, section 8.1)
+                self._refuse(DropReason.UDP_CSUM)
+                return
+        elif not frame.csum_ok:
             total = pseudo_v4(packet.src, packet.dst, ipv4.IPPROTO_UDP, length)
             if finish(total + ones_sum_views(frame.views(packet.l4, length))):
                 self._refuse(DropReason.UDP_CSUM)
@@ -170,7 +176,7 @@ class Udp:
         if not receivers:
             self._mib.UdpNoPorts += 1
             self._drops.count(DropReason.NO_SOCKET)
-            self.ipv4.icmp.send_error(packet, icmp.ICMP_DEST_UNREACH, icmp.ICMP_PORT_UNREACH)
+            self.ip.port_unreachable(packet)
             return
         skb: Skb | None = None
         for receiver in receivers:
@@ -203,9 +209,20 @@ class Udp:
                 socket.fail(errno.EPROTO)
         return True
 
+    def on_icmpv6_error(self, kind: int, code: int, _mtu: int, src: bytes, dst: bytes, quoted: bytes) -> bool:
+        """The same for an ICMPv6 error."""
+        sport, dport, _, _ = udp.HEADER.unpack_from(quoted)
+        socket = self._find(sport, src, dst, dport)
+        if socket is None:
+            return False
+        number, final = errno_of(kind, code)
+        if socket.remote is not None and (final or number == errno.EMSGSIZE):
+            socket.fail(number)
+        return True
+
     # -- ports --
 
-    def claim(self, socket: UdpSocket, address: bytes, port: int) -> int:
+    def claim(self, socket: UdpSocket, address: bytes | None, port: int) -> int:
         """Give `socket` the local `port`, or one of the ephemeral ports when it is 0; return it. Raises OSError EADDRINUSE."""
         if port:
             if not self._is_free(socket, address, port):
@@ -216,11 +233,10 @@ class Udp:
         socket.charges.join()
         return port
 
-    def _is_free(self, socket: UdpSocket, address: bytes, port: int) -> bool:
+    def _is_free(self, socket: UdpSocket, address: bytes | None, port: int) -> bool:
         shared = socket.options.reuseaddr or socket.options.reuseport
         return all(
-            (shared and (other.options.reuseaddr or other.options.reuseport))
-            or (ANY not in (address, other.bound) and address != other.bound)
+            (shared and (other.options.reuseaddr or other.options.reuseport)) or not overlap(address, other.bound)
             for other in self._ports.get(port, ())
         )
 
@@ -241,7 +257,8 @@ class Udp:
 
 
 class UdpSocket:
-    """A UDP socket; made by `Udp.socket`. `bound` is the address and `port` the port that it is bound to, ANY and 0 before.
+    """A UDP socket; made by `Udp.socket`. `bound` is the address and `port` the port that it is bound to, `wildcard` and 0
+    before.
 
     `remote` is the peer of a connected socket. `account` has the truesize of what waits to be received, `charges` the
     pages that it takes. `wake` may be set at any time; `wake_mask` is what it will be called with at the next flush.
@@ -264,11 +281,13 @@ class UdpSocket:
         "remote",
         "wake",
         "wake_mask",
+        "wildcard",
     )
 
-    def __init__(self, protocol: Udp, options: SocketOptions) -> None:
+    def __init__(self, protocol: Udp, options: SocketOptions, wildcard: bytes | None) -> None:
         self.options = options
-        self.bound = ANY
+        self.wildcard = wildcard
+        self.bound = wildcard
         self.port = 0
         self.remote: Address | None = None
         self.wake: Callable[[int], None] = nobody
@@ -287,8 +306,8 @@ class UdpSocket:
     # -- names --
 
     @property
-    def local(self) -> Address:
-        """Our address and port, as getsockname(2) says it."""
+    def local(self) -> tuple[bytes | None, int]:
+        """Our address, which may be any (`addresses.is_any`), and port."""
         return (self.bound if self._path is None else self._path.src), self.port
 
     @property
@@ -296,15 +315,15 @@ class UdpSocket:
         """Bytes of packet that the path to the peer takes; None without a peer."""
         return None if self._path is None else self._path.mtu
 
-    def bind(self, address: bytes, port: int) -> None:
-        """Receive what is sent to `address` (packed; ANY for all of ours) and `port` (0: any free one).
+    def bind(self, address: bytes | None, port: int) -> None:
+        """Receive what is sent to `address` (packed, or `addresses.is_any` for all of ours) and `port` (0: any free one).
 
         Raises OSError: EINVAL when bound already, EADDRNOTAVAIL, EADDRINUSE.
         """
         if self.port or self.closed:
             raise _error(errno.EINVAL)
-        layer = self._udp.ipv4
-        if address != ANY and address not in layer.addresses and all(address != each.broadcast for each in layer.interfaces):
+        ip = self._udp.ip
+        if address is not None and not is_any(address) and not ip.is_own(address) and not ip.is_broadcast(address):
             raise _error(errno.EADDRNOTAVAIL)
         self.port = self._udp.claim(self, address, port)
         self.bound = address
@@ -318,7 +337,7 @@ class UdpSocket:
             raise _error(errno.EINVAL)
         path = self._path_to(address)
         if not self.port:
-            self.bind(ANY, 0)
+            self.bind(self.wildcard, 0)
         self._path = path
         self.remote = (address, port)
 
@@ -331,9 +350,9 @@ class UdpSocket:
         """How well a datagram from `remote` to our address `local` fits a socket on its port: not at all (0), or the better."""
         if self.remote is not None:
             return 3 if self.remote == (remote, remote_port) and local == self.local[0] else 0
-        if self.bound == ANY:
-            return 1
-        return 2 if self.bound == local else 0
+        if self.bound == local:
+            return 2
+        return int(covers(self.bound, local))
 
     # -- sending --
 
@@ -363,11 +382,12 @@ class UdpSocket:
             data = data.cast("B")
         length = len(data)
         pmtudisc = self.options.pmtudisc
-        fits = length + udp.HEADER_LEN + ipv4.HEADER_LEN <= (path.device.mtu if pmtudisc == PMTUDISC_PROBE else path.mtu)
+        total = path.l4 - ETH_HLEN + udp.HEADER_LEN + length
+        fits = total <= (path.device.mtu if pmtudisc == PMTUDISC_PROBE else path.mtu)
         if length > PAYLOAD_MAX or (not fits and pmtudisc >= PMTUDISC_DO):
             raise _error(errno.EMSGSIZE)
         if not self.port:
-            self.bind(ANY, 0)
+            self.bind(self.wildcard, 0)
         udp.HEADER.pack_into(path.head, path.l4, self.port, port, udp.HEADER_LEN + length, 0)
         options = self.options
         self._mib.UdpOutDatagrams += 1
@@ -388,7 +408,9 @@ class UdpSocket:
     def _path_to(self, address: bytes) -> Path:
         if self.closed:
             raise _error(errno.EBADF)
-        path = self._udp.ipv4.path(address, self.bound if self.bound in self._udp.ipv4.addresses else None)
+        bound = self.bound
+        ip = self._udp.ip
+        path = ip.path(address, bound if bound is not None and ip.is_own(bound) else None)
         if path.broadcast and not self.options.broadcast:
             raise _error(errno.EACCES)
         return path
@@ -458,7 +480,7 @@ class UdpSocket:
         """
         skb = self._oldest()
         if skb is None:
-            return b"", (ANY, 0)
+            return b"", (self.wildcard or ANY6, 0)
         data = b"".join(skb.views(0, min(limit, skb.len)))
         return data, self._sender(skb, peek)
 
@@ -469,7 +491,7 @@ class UdpSocket:
         """
         skb = self._oldest()
         if skb is None:
-            return 0, (ANY, 0)
+            return 0, (self.wildcard or ANY6, 0)
         length = skb.len
         skb.copy_to(target)
         return length, self._sender(skb, peek)

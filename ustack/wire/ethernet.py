@@ -27,6 +27,11 @@ BROADCAST: Final = b"\xff\xff\xff\xff\xff\xff"
 """The station address of everybody. The lowest bit of the first byte marks every group address."""
 
 
+def multicast_v6(group: bytes) -> bytes:
+    """The station address of the IPv6 `group` (packed; RFC 2464, section 7)."""
+    return b"\x33\x33" + group[12:16]
+
+
 class EthernetHeader(NamedTuple):
     """An Ethernet header as fields; addresses are 6 bytes."""
 

@@ -106,3 +106,20 @@ def build_options(next_header: int, options: Sequence[tuple[int, bytes]]) -> byt
 def build_fragment(next_header: int, offset: int, more: bool, ident: int) -> bytes:
     """A fragment header for the bytes from `offset` (a multiple of 8) on."""
     return FRAGMENT.pack(next_header, 0, offset | more, ident)
+
+
+def without_fragment(header: bytes, l3: int, payload_len: int, traffic_class: int) -> bytes:
+    """`header`, whose IPv6 header begins at `l3` and which ends with a fragment header, as it is without that, for a whole
+    packet of `payload_len` bytes behind the IPv6 header.
+    """
+    at = len(header) - FRAGMENT_LEN
+    whole = bytearray(header[:at])
+    names = l3 + OFF_NEXT_HEADER
+    following = l3 + HEADER_LEN
+    while following < at:
+        names = following
+        following += (header[following + 1] + 1) << 3
+    whole[names] = header[at]
+    whole[l3 + OFF_PAYLOAD_LEN : l3 + OFF_NEXT_HEADER] = payload_len.to_bytes(2, "big")
+    whole[l3 : l3 + 2] = (0x6000 | traffic_class << 4 | whole[l3 + 1] & 15).to_bytes(2, "big")
+    return bytes(whole)

@@ -185,7 +185,7 @@ class Connection:
         self.adv_mss = path.mtu - path.l4 + ETH_HLEN - HEADER_LEN
         if options.maxseg:
             self.adv_mss = min(self.adv_mss, options.maxseg)
-        self.peer_mss = 536
+        self.peer_mss = 536 if path.version == 4 else 1220  # what may be assumed (RFC 9293, section 3.7.1)
         self.mss = 536
         self.sack_ok = False
         self.ts_ok = False

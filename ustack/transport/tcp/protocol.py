@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from ustack.drops import DropReason
 from ustack.mem.protocol import ProtocolMemory, limits_for
+from ustack.net.addresses import ANY4, ANY6, overlap
+from ustack.net.icmpv6 import errno_of
 from ustack.skb import Account
 from ustack.timers import Timer
 from ustack.transport.events import READABLE, WRITABLE
@@ -28,6 +30,7 @@ from ustack.transport.tcp.syncookies import SynCookies
 from ustack.transport.tcp.timewait import TimeWait
 from ustack.wire.checksum import finish, ones_sum_views, pseudo_v4
 from ustack.wire.icmp import ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED
+from ustack.wire.icmpv6 import ICMPV6_PKT_TOOBIG, ICMPV6_TIME_EXCEED
 from ustack.wire.tcp import (
     ACK,
     FIN,
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ustack.env import Env
-    from ustack.net.ipv4 import Ipv4
+    from ustack.net.ip import Ip
     from ustack.net.layer import IpPacket
     from ustack.net.path import Path
     from ustack.skb import Buffer, Skb
@@ -116,7 +119,7 @@ class Tcp:
         "send_account",
     )
 
-    def __init__(self, env: Env, ip: Ipv4, config: TcpConfig) -> None:
+    def __init__(self, env: Env, ip: Ip, config: TcpConfig) -> None:
         self.env = env
         self.ip = ip
         self.config = config
@@ -143,9 +146,7 @@ class Tcp:
         self._time_wait_timer = Timer(self._expire_time_waits)
         self._challenge_second = -1
         self._challenges = 0
-        ip.register(IPPROTO_TCP, self.input)
-        ip.icmp.error_handlers[IPPROTO_TCP] = self.on_icmp_error
-        ip.icmp.memalloc_owners[IPPROTO_TCP] = self.is_memalloc
+        ip.register(IPPROTO_TCP, self.input, self.on_icmp_error, self.on_icmpv6_error, self.is_memalloc)
 
     def _on_pressure(self, on: bool) -> None:
         """Pressure begins or ends (tcp_enter_memory_pressure, tcp_leave_memory_pressure)."""
@@ -246,7 +247,9 @@ class Tcp:
         return old.segment_arrives(segment)
 
     def _listener(self, address: bytes, port: int) -> Listener | None:
-        return self.listeners.get((address, port)) or self.listeners.get((None, port))
+        listeners = self.listeners
+        anybody = ANY4 if len(address) == 4 else ANY6
+        return listeners.get((address, port)) or listeners.get((anybody, port)) or listeners.get((None, port))
 
     def _without_connection(self, packet: IpPacket, key: bytes, dport: int, used: int = -1) -> DropReason | None:
         """LISTEN and CLOSED (RFC 9293, sections 3.10.7.1 and 3.10.7.2)."""
@@ -439,7 +442,7 @@ class Tcp:
     def check_bind(self, address: bytes | None, port: int, *, reuse: bool) -> None:
         """Raises OSError EADDRINUSE when a socket must not be bound to `port`; `reuse` is SO_REUSEADDR."""
         for bound, listening in self.listeners:
-            if listening == port and (address is None or bound is None or address == bound):
+            if listening == port and overlap(address, bound):
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         if not reuse and self._local_ports.get(port):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
@@ -452,7 +455,9 @@ class Tcp:
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
     def listen(self, address: bytes | None, port: int, backlog: int, options: SocketOptions) -> Listener:
-        """Listen on `port` of `address` (packed; None: any). Raises OSError EADDRINUSE."""
+        """Listen on `port` of `address` (packed; 0.0.0.0 or :: for any of that version, None for any). Raises OSError
+        EADDRINUSE.
+        """
         self.check_bind(address, port, reuse=True)
         listener = Listener(self, address, port, backlog, options)
         self.listeners[address, port] = listener
@@ -622,27 +627,48 @@ class Tcp:
         """An ICMP error about a segment that we sent. Returns whether it is plausible (RFC 5927: its sequence number is
         outstanding).
         """
-        local_port, remote_port = int.from_bytes(quoted[:2]), int.from_bytes(quoted[2:4])
-        conn = self.connections.get(connection_key(dst, src, remote_port, local_port))
-        if not isinstance(conn, Connection):
-            return False
-        seq = unwrap(int.from_bytes(quoted[4:8]), conn.snd_una)
-        opening = conn.state in (State.SYN_SENT, State.SYN_RECV)
-        if not (conn.iss if opening else conn.snd_una) <= seq < conn.snd_nxt:
+        conn = self._outstanding(src, dst, quoted)
+        if conn is None:
             return False
         if icmp_type != ICMP_DEST_UNREACH:
             return True
         if code == ICMP_FRAG_NEEDED:
-            if mtu < conn.mtu:
-                conn.recovery.on_narrower_path(conn)
-                self.schedule_once(conn)
-            return True
-        error = _UNREACHABLE_ERRNO.get(code, errno.EHOSTUNREACH)
-        if opening:
+            self._too_big(conn, mtu)
+        else:
+            self._unreachable(conn, _UNREACHABLE_ERRNO.get(code, errno.EHOSTUNREACH))
+        return True
+
+    def on_icmpv6_error(self, icmp_type: int, code: int, mtu: int, src: bytes, dst: bytes, quoted: bytes) -> bool:
+        """The same for an ICMPv6 error."""
+        conn = self._outstanding(src, dst, quoted)
+        if conn is None:
+            return False
+        if icmp_type == ICMPV6_PKT_TOOBIG:
+            self._too_big(conn, mtu)
+        elif icmp_type != ICMPV6_TIME_EXCEED:
+            self._unreachable(conn, errno_of(icmp_type, code)[0])
+        return True
+
+    def _outstanding(self, src: bytes, dst: bytes, quoted: bytes) -> Connection | None:
+        """The connection that sent the segment that begins with `quoted`, if that is not acknowledged yet (RFC 5927)."""
+        local_port, remote_port = int.from_bytes(quoted[:2]), int.from_bytes(quoted[2:4])
+        conn = self.connections.get(connection_key(dst, src, remote_port, local_port))
+        if not isinstance(conn, Connection):
+            return None
+        seq = unwrap(int.from_bytes(quoted[4:8]), conn.snd_una)
+        opening = conn.state in (State.SYN_SENT, State.SYN_RECV)
+        return conn if (conn.iss if opening else conn.snd_una) <= seq < conn.snd_nxt else None
+
+    def _too_big(self, conn: Connection, mtu: int) -> None:
+        if mtu < conn.mtu:
+            conn.recovery.on_narrower_path(conn)
+            self.schedule_once(conn)
+
+    def _unreachable(self, conn: Connection, error: int) -> None:
+        if conn.state in (State.SYN_SENT, State.SYN_RECV):
             conn.fail(error)  # hard in these states (RFC 5461 discusses why this is what users want)
         else:
             conn.soft_error = error
-        return True
 
     def is_memalloc(self, src: bytes, dst: bytes, quoted: bytes) -> bool:
         """Whether the segment from `src` to `dst` whose first bytes are `quoted` is one of a memalloc socket's."""
