@@ -81,7 +81,7 @@ OPTIONS: Final = {
         "SO_SNDLOWAT": "1, as on Linux.",
         "SO_ERROR": "The errno that waits to be reported, 0 for none; reading it clears it.",
         "SO_TYPE": "SOCK_STREAM or SOCK_DGRAM.",
-        "SO_DOMAIN": "AF_INET.",
+        "SO_DOMAIN": "AF_INET or AF_INET6.",
         "SO_PROTOCOL": "IPPROTO_TCP or IPPROTO_UDP.",
         "SO_ACCEPTCONN": "Whether the socket listens.",
         "SO_MAX_PACING_RATE": "Bytes per second that a stream sends at most, by pacing; 4 or 8 bytes, all ones for no limit.",
@@ -125,6 +125,16 @@ OPTIONS: Final = {
         "IP_MTU_DISCOVER": "What becomes of a datagram that is longer than the path MTU: 0 never DF, 1 fragments, 2 refused, "
         "3 the device's MTU alone counts (linux/in.h; the value is 10).",
         "IP_MTU": "The path MTU of a connected socket, in bytes; read only (linux/in.h; the value is 14).",
+    },
+    "IPPROTO_IPV6": {
+        "IPV6_V6ONLY": "The socket takes no IPv4. Off, as it is at first, a socket on :: takes both, and shows IPv4 addresses"
+        " as `::ffff:192.0.2.1`. EINVAL once it is bound.",
+        "IPV6_UNICAST_HOPS": "The hop limit of what the socket sends; -1: what the path says, which is what a router has"
+        " advertised, or 64.",
+        "IPV6_TCLASS": "The traffic class of what the socket sends; -1 is 0.",
+        "IPV6_MTU_DISCOVER": "The same as IP_MTU_DISCOVER: what becomes of a datagram that is longer than the path MTU"
+        " (linux/in6.h; the value is 23).",
+        "IPV6_MTU": "The same as IP_MTU (linux/in6.h; the value is 24).",
     },
 }
 """What each option means, by level and name."""
@@ -282,21 +292,24 @@ def socket_options() -> str:
         closing(Stack(memory=1 << 20, tcp=everything)) as stack,
         stack.socket() as stream,
         stack.socket(type=names.SOCK_DGRAM) as datagram,
+        stack.socket(names.AF_INET6) as stream6,
+        stack.socket(names.AF_INET6, names.SOCK_DGRAM) as datagram6,
     ):
+        pairs = {level: (stream6, datagram6) if level == "IPPROTO_IPV6" else (stream, datagram) for level in OPTIONS}
         tables = "\n\n".join(
             f"## {level}\n\n"
             + _table(
                 ["option", "values", "at first", "what it does"],
-                [[f"`{name}`", *_asked(stream, datagram, level, name), text] for name, text in options.items()],
+                [[f"`{name}`", *_asked(*pairs[level], level, name), text] for name, text in options.items()],
             )
             for level, options in OPTIONS.items()
         )
     return f"""# Socket options
 
 What `setsockopt` and `getsockopt` of a socket of ours know: the tables `SETTERS` and `GETTERS` in
-`ustack/socket_options.py`. Names and meanings are those of socket(7), tcp(7) and ip(7). An option that is not here fails with
-ENOPROTOOPT, a value out of range with EINVAL. What a listener has is inherited by the connections that it accepts. An option of
-TCP on a datagram socket is taken and does nothing.
+`ustack/socket_options.py`. Names and meanings are those of socket(7), tcp(7), ip(7) and ipv6(7). An option that is not here
+fails with ENOPROTOOPT, a value out of range with EINVAL. What a listener has is inherited by the connections that it accepts.
+An option of TCP on a datagram socket is taken and does nothing; one of IPv6 on an AF_INET socket fails with ENOPROTOOPT.
 
 {tables}
 
@@ -314,7 +327,7 @@ def _number(name: str) -> int:
 
 def _asked(stream: Socket, datagram: Socket, level_name: str, option_name: str) -> tuple[str, str]:
     level, option = getattr(names, level_name), _number(option_name)
-    if option_name == "IP_MTU":
+    if option_name in ("IP_MTU", "IPV6_MTU"):
         return "to be read only", "ENOTCONN"
     first = [_first(each.getsockopt(level, option)) for each in (stream, datagram)]
     at_first = first[0] if first[0] == first[1] else " / ".join(first)

@@ -676,8 +676,8 @@ class Socket:
         return self.host.reserve
 
     def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
-        """Set an option of SOL_SOCKET, IPPROTO_TCP or IPPROTO_IP. Raises OSError ENOPROTOOPT for one that there is not,
-        EINVAL.
+        """Set an option of SOL_SOCKET, IPPROTO_TCP, IPPROTO_IP or IPPROTO_IPV6. Raises OSError ENOPROTOOPT for one that there
+        is not, EINVAL.
         """
         self._check_open()
         setter = SETTERS.get((level, option))

@@ -59,7 +59,9 @@ FIN_TIMEOUT_MAX: Final = 120
 
 IP_MTU_DISCOVER: Final = 10
 IP_MTU: Final = 14
-"""Options of linux/in.h that the socket module has no names for."""
+IPV6_MTU_DISCOVER: Final = 23
+IPV6_MTU: Final = 24
+"""Options of linux/in.h and linux/in6.h that the socket module has no names for."""
 
 Setter = Callable[["Socket", int, int | bytes], None]
 Getter = Callable[["Socket"], int | bytes]
@@ -253,6 +255,10 @@ def _set_tclass(sock: Socket, _option: int, value: int | bytes) -> None:
     sock.options.tos = max(tclass, 0)
 
 
+def _set_mtu_discover6(sock: Socket, _option: int, value: int | bytes) -> None:
+    _set_within(sock, "pmtudisc", _ipv6(sock, _number(value)), PMTUDISC_DONT, PMTUDISC_PROBE)
+
+
 def _get_linger(sock: Socket) -> bytes:
     seconds = sock.options.linger
     return _LINGER.pack(seconds >= 0, max(seconds, 0))
@@ -319,6 +325,7 @@ SETTERS: Final[dict[tuple[int, int], Setter]] = {
     (names.IPPROTO_IPV6, names.IPV6_V6ONLY): _set_v6only,
     (names.IPPROTO_IPV6, names.IPV6_UNICAST_HOPS): _set_hops,
     (names.IPPROTO_IPV6, names.IPV6_TCLASS): _set_tclass,
+    (names.IPPROTO_IPV6, IPV6_MTU_DISCOVER): _set_mtu_discover6,
 }
 
 GETTERS: Final[dict[tuple[int, int], Getter]] = {
@@ -358,8 +365,10 @@ GETTERS: Final[dict[tuple[int, int], Getter]] = {
     (names.IPPROTO_IP, names.IP_TOS): lambda sock: sock.options.tos,
     (names.IPPROTO_IPV6, names.IPV6_V6ONLY): lambda sock: _ipv6(sock, int(sock.options.v6only)),
     (names.IPPROTO_IPV6, names.IPV6_UNICAST_HOPS): lambda sock: _ipv6(sock, sock.options.ttl or HOPS_DEFAULT),
-    (names.IPPROTO_IPV6, names.IPV6_TCLASS): lambda sock: _ipv6(sock, sock.options.tos),
     (names.IPPROTO_IP, names.IP_TTL): lambda sock: sock.options.ttl or HOPS_DEFAULT,
     (names.IPPROTO_IP, IP_MTU_DISCOVER): lambda sock: sock.options.pmtudisc,
     (names.IPPROTO_IP, IP_MTU): _get_mtu,
+    (names.IPPROTO_IPV6, names.IPV6_TCLASS): lambda sock: _ipv6(sock, sock.options.tos),
+    (names.IPPROTO_IPV6, IPV6_MTU_DISCOVER): lambda sock: _ipv6(sock, sock.options.pmtudisc),
+    (names.IPPROTO_IPV6, IPV6_MTU): lambda sock: _ipv6(sock, _get_mtu(sock)),
 }
