@@ -55,7 +55,7 @@ def test_info_looks_like_nbdinfo() -> None:
             "\tis_read_only: false",
             "\tcan_cache: true",
             "\tcan_df: true",
-            "\tcan_fast_zero: false",
+            "\tcan_fast_zero: true",
             "\tcan_flush: true",
             "\tcan_fua: true",
             "\tcan_multi_conn: true",

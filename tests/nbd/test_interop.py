@@ -318,6 +318,31 @@ async def test_nbdcopy_and_qemu_img_bring_back_what_they_took(kind: str, tmp_pat
         assert Path(image).read_bytes() == content
 
 
+async def test_nbdinfo_and_qemu_img_see_where_the_holes_are(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"")
+    with (tmp_path / "image").open("r+b") as image:
+        image.truncate(8 * MIB)
+        image.seek(2 * MIB)
+        image.write(b"x" * MIB)
+    memory = MemoryExport(8 * MIB, "memory")
+    memory.destination(2 * MIB, MIB)[:] = b"x" * MIB
+    async with serving(memory, FileExport(tmp_path / "image", "file")) as uri:
+        for name in ("memory", "file"):
+            mapped = json.loads(await run("nbdinfo", "--map", "--json", f"{uri}/{name}"))
+            assert [(each["offset"], each["length"], each["type"]) for each in mapped] == [
+                (0, 2 * MIB, 3),
+                (2 * MIB, MIB, 0),
+                (3 * MIB, 5 * MIB, 3),
+            ]
+            seen = json.loads(await run("qemu-img", "map", "--output=json", "-f", "raw", f"{uri}/{name}"))
+            assert [(each["start"], each["length"], each["zero"]) for each in seen] == [
+                (0, 2 * MIB, True),
+                (2 * MIB, MIB, False),
+                (3 * MIB, 5 * MIB, True),
+            ]
+            assert "base:allocation" in await run("nbdinfo", f"{uri}/{name}")
+
+
 NBDSH = """
 h.set_strict_mode(0)
 def refused(call, code):

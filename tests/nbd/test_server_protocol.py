@@ -12,28 +12,21 @@ from hypothesis import strategies as st
 from tests.nbd import wire
 from ustack.nbd.errors import NbdProtocolError
 from ustack.nbd.export_info import ExportInfo
-from ustack.nbd.server_handshake import ServerHandshake
-from ustack.nbd.server_transmission import (
-    MAX_DISCARD,
-    Command,
-    ServerTransmission,
-    data_chunk,
-    error_chunk,
-    hole_chunk,
-    none_chunk,
-    simple_reply,
-)
+from ustack.nbd.server_handshake import Offer, ServerHandshake
+from ustack.nbd.server_replies import HeaderStyle, ReplyEncoder
+from ustack.nbd.server_transmission import MAX_DISCARD, Command, ServerTransmission
 
 GIB = 1 << 30
 DISK = ExportInfo("disk", GIB, wire.ALL_FLAGS, "my disk")
 READ_ONLY = ExportInfo("ro", 4096, wire.HAS_FLAGS | wire.READ_ONLY | wire.DF)
-EXPORTS = {"": DISK, "disk": DISK, "ro": READ_ONLY}
+CONTEXTS = ("base:allocation", "x:one", "x:two")
+OFFERS = {"": Offer(DISK, CONTEXTS), "disk": Offer(DISK, CONTEXTS), "ro": Offer(READ_ONLY)}
 FIXED = b"\0\0\0\x03"
 
 
 def answers(stream: bytes) -> tuple[ServerHandshake, bytes]:
     """What the server sends, without the greeting, to a client that sends this."""
-    handshake = ServerHandshake(EXPORTS)
+    handshake = ServerHandshake(OFFERS)
     assert handshake.data_to_send() == wire.GREETING
     handshake.receive_data(stream)
     return handshake, handshake.data_to_send()
@@ -100,7 +93,7 @@ def test_options_are_refused_one_by_one_and_the_client_may_go_on() -> None:
         sent = sent[20 + length :]
     assert refusals == [
         (77, wire.UNSUP),
-        (5, wire.UNSUP),
+        (5, wire.POLICY),
         (wire.LIST, wire.INVALID),
         (wire.STRUCTURED, wire.INVALID),
         (wire.STRUCTURED, wire.ACK),
@@ -152,7 +145,7 @@ HAGGLING = (
 
 @given(st.lists(st.integers(1, len(HAGGLING)), max_size=20))
 def test_it_does_not_matter_in_what_pieces_the_options_arrive(cuts: list[int]) -> None:
-    handshake = ServerHandshake(EXPORTS)
+    handshake = ServerHandshake(OFFERS)
     rest = b""
     for piece in wire.pieces(HAGGLING, cuts):
         if handshake.done:
@@ -297,9 +290,11 @@ def test_mutated_commands_end_in_a_protocol_error_or_a_refusal(changes: list[tup
 
 
 def test_replies_look_as_the_specification_says() -> None:
-    assert simple_reply(7, 5) == wire.simple(7, 5)
-    assert data_chunk(7, 4096, 3, False) + b"abc" == wire.data(7, 4096, b"abc")
-    assert data_chunk(7, 4096, 3, True) + b"abc" == wire.data(7, 4096, b"abc", wire.DONE)
-    assert hole_chunk(7, 4096, 512, True) == wire.hole(7, 4096, 512, wire.DONE)
-    assert none_chunk(7) == wire.none(7)
-    assert error_chunk(7, 28, "full") == wire.error(7, 28, b"full")
+    simple, structured = ReplyEncoder(HeaderStyle.SIMPLE), ReplyEncoder(HeaderStyle.STRUCTURED)
+    assert simple.error(7, 4096, 5, "why") == wire.simple(7, 5)
+    assert simple.done(7, 4096) == wire.simple(7)
+    assert structured.data(7, 0, 4096, 3, False) + b"abc" == wire.data(7, 4096, b"abc")
+    assert structured.data(7, 0, 4096, 3, True) + b"abc" == wire.data(7, 4096, b"abc", wire.DONE)
+    assert structured.hole(7, 0, 4096, 512, True) == wire.hole(7, 4096, 512, wire.DONE)
+    assert structured.done(7, 0) == wire.none(7)
+    assert structured.error(7, 0, 28, "full") == wire.error(7, 28, b"full")

@@ -1,28 +1,53 @@
-"""What the server exports: memory or a file."""
+"""What the server exports: something that answers commands, and two that do so from this machine, memory and files.
+
+An export whose disk is elsewhere is in `remote_export.py`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import mmap
 import os
 import stat
 from abc import ABC, abstractmethod
-from typing import Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ustack.nbd.constants import (
+    BASE_ALLOCATION,
     DEFAULT_MAXIMUM_PAYLOAD,
+    NBD_CMD_BLOCK_STATUS,
+    NBD_CMD_CACHE,
+    NBD_CMD_FLAG_DF,
+    NBD_CMD_FLAG_FAST_ZERO,
+    NBD_CMD_FLAG_FUA,
+    NBD_CMD_FLAG_NO_HOLE,
+    NBD_CMD_FLAG_REQ_ONE,
+    NBD_CMD_FLUSH,
+    NBD_CMD_READ,
+    NBD_CMD_TRIM,
+    NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES,
     NBD_FLAG_CAN_MULTI_CONN,
     NBD_FLAG_HAS_FLAGS,
     NBD_FLAG_READ_ONLY,
     NBD_FLAG_SEND_CACHE,
     NBD_FLAG_SEND_DF,
+    NBD_FLAG_SEND_FAST_ZERO,
     NBD_FLAG_SEND_FLUSH,
     NBD_FLAG_SEND_FUA,
     NBD_FLAG_SEND_TRIM,
     NBD_FLAG_SEND_WRITE_ZEROES,
+    NBD_STATE_HOLE,
+    NBD_STATE_ZERO,
 )
 from ustack.nbd.export_info import ExportInfo
 from ustack.nbd.fallocate import zero_range
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ustack.nbd.server_transmission import Command
 
 PREFERRED_BLOCK: Final = 4096
 """Bytes: a page, which is also what holes are made of."""
@@ -30,18 +55,73 @@ HOLE_GRANULE: Final = 64 << 10
 """Bytes. `MemoryExport` remembers for pieces of this size whether anything was written to them."""
 MAX_EXTENTS: Final = 16
 """Pieces that one read is told in. What is more scattered is sent as data."""
+MAX_STATUS_EXTENTS: Final = 4096
+"""Extents in the answer to one block status; a client that wants to know more asks again from there on."""
+QUICK_ZERO: Final = 1 << 20
+"""Bytes of a file that are zeroed at once; more, which may have to be written, in a thread."""
 
 _READ_FLAGS: Final = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_DF | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE
-_WRITE_FLAGS: Final = NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES
+_WRITE_FLAGS: Final = (
+    NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
+)
+_HOLE_STATE: Final = NBD_STATE_HOLE | NBD_STATE_ZERO
+
+
+class Answers(Protocol):
+    """Where an export's answers go. Each command is answered by exactly one of these calls, whenever and in whatever order."""
+
+    def done(self, command: Command) -> None:
+        """Carried out."""
+
+    def read(self, command: Command, extents: Sequence[tuple[int, bytes | bytearray | memoryview | None]]) -> None:
+        """The consecutive pieces of what was to be read, each with its length; None for one that is a hole."""
+
+    def status(self, command: Command, extents: Sequence[tuple[int, Sequence[tuple[int, int]]]]) -> None:
+        """For each context that was asked about, its number and its consecutive extents, each (bytes, flags)."""
+
+    def failed(self, command: Command, error: OSError) -> None:
+        """Not carried out."""
 
 
 class Export(ABC):
-    """Bytes to serve. Offsets and lengths are bytes, checked already; methods raise OSError for what goes wrong underneath."""
+    """A disk to serve. `info` is what clients are told, `contexts` the names of its meta contexts.
 
-    __slots__ = ("info",)
+    Commands come checked against `info`: what they ask for is offered, in range and aligned.
+    """
+
+    __slots__ = ("contexts", "info")
+
+    def __init__(self, info: ExportInfo, contexts: tuple[str, ...]) -> None:
+        self.info = info
+        self.contexts = contexts
+
+    @abstractmethod
+    def destination(self, offset: int, length: int) -> memoryview:
+        """Memory to receive the data of a write into."""
+
+    @abstractmethod
+    def submit(self, command: Command, answers: Answers) -> asyncio.Task[None] | None:
+        """Carry out a command. It is answered when this returns, or when the task that it returns is over."""
+
+    @abstractmethod
+    def abandon(self, task: asyncio.Task[None]) -> None:
+        """Whoever waits for the answer has gone."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the resources."""
+
+
+class LocalExport(Export):
+    """Bytes on this machine. Everything is done at once, except what waits for a disk, for which there are threads.
+
+    Offsets and lengths of its methods are bytes; they raise OSError for what goes wrong underneath.
+    """
+
+    __slots__ = ()
 
     def __init__(self, name: str, size: int, read_only: bool, description: str | None) -> None:
-        self.info = ExportInfo(
+        info = ExportInfo(
             name,
             size,
             _READ_FLAGS | (NBD_FLAG_READ_ONLY if read_only else _WRITE_FLAGS),
@@ -49,42 +129,100 @@ class Export(ABC):
             preferred_block=PREFERRED_BLOCK,
             maximum_payload=DEFAULT_MAXIMUM_PAYLOAD,
         )
+        super().__init__(info, (BASE_ALLOCATION,))
 
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes | memoryview:
         """The bytes there. A view may show later writes."""
 
     @abstractmethod
-    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """(length, is a hole) of the consecutive pieces of a range; at most `MAX_EXTENTS`."""
-
-    @abstractmethod
-    def destination(self, offset: int, length: int) -> memoryview:
-        """Memory to receive a write into."""
+    def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
+        """(length, is a hole) of the consecutive pieces of a range. When there are more than `limit`, the first of them."""
 
     @abstractmethod
     def write(self, offset: int, payload: memoryview) -> None:
         """`payload`, which is the memory from `destination`, is filled: make it the contents of the export."""
 
     @abstractmethod
-    def zero(self, offset: int, length: int, punch: bool) -> None:
-        """Write zeroes; with `punch` the space may be given back."""
+    def zero(self, offset: int, length: int, punch: bool, fast: bool) -> None:
+        """Write zeroes; with `punch` the space may be given back. With `fast`, ENOTSUP at once where it takes as long as
+        writing."""
 
     @property
     @abstractmethod
     def volatile(self) -> bool:
-        """There is no stable storage, so `flush` has nothing to do and does not block."""
+        """There is no stable storage: nothing waits for any, and `flush` has nothing to do."""
 
     @abstractmethod
     def flush(self) -> None:
         """Bring what was written to stable storage. Blocks; may be called from another thread."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of the resources."""
+    def submit(self, command: Command, answers: Answers) -> asyncio.Task[None] | None:
+        """At once, or in a thread when a disk has to be waited for."""
+        kind = command.command
+        durable = kind == NBD_CMD_FLUSH or (command.flags & NBD_CMD_FLAG_FUA and kind not in (NBD_CMD_READ, NBD_CMD_CACHE))
+        zeroes = kind in (NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES)
+        try:
+            if kind == NBD_CMD_READ:
+                answers.read(command, self._pieces(command))
+                return None
+            if kind == NBD_CMD_BLOCK_STATUS:
+                self._status(command, answers)
+                return None
+            if kind == NBD_CMD_WRITE:
+                assert command.payload is not None
+                self.write(command.offset, command.payload)
+            if not self.volatile and (durable or (zeroes and command.length > QUICK_ZERO)):
+                return asyncio.get_running_loop().create_task(self._in_thread(command, answers, zeroes, bool(durable)))
+            if zeroes:
+                self._zero(command)
+        except OSError as error:
+            answers.failed(command, error)
+        else:
+            answers.done(command)
+        return None
+
+    def abandon(self, task: asyncio.Task[None]) -> None:
+        """It goes on: a thread cannot be stopped, and ends soon."""
+
+    def _pieces(self, command: Command) -> list[tuple[int, bytes | memoryview | None]]:
+        offset, length = command.offset, command.length
+        if command.flags & NBD_CMD_FLAG_DF:
+            return [(length, self.read(offset, length))]
+        found: list[tuple[int, bytes | memoryview | None]] = []
+        stop = offset + length
+        for size, hole in self.extents(offset, length, MAX_EXTENTS - 1):
+            found.append((size, None if hole else self.read(offset, size)))
+            offset += size
+        if offset < stop:
+            found.append((stop - offset, self.read(offset, stop - offset)))
+        return found
+
+    def _status(self, command: Command, answers: Answers) -> None:
+        limit = 1 if command.flags & NBD_CMD_FLAG_REQ_ONE else MAX_STATUS_EXTENTS
+        found = self.extents(command.offset, command.length, limit)
+        states = [(size, _HOLE_STATE if hole else 0) for size, hole in found]
+        answers.status(command, [(context, states) for context in command.contexts])
+
+    def _zero(self, command: Command) -> None:
+        flags = command.flags
+        fast = bool(flags & NBD_CMD_FLAG_FAST_ZERO)
+        self.zero(command.offset, command.length, not flags & NBD_CMD_FLAG_NO_HOLE, fast)
+
+    async def _in_thread(self, command: Command, answers: Answers, zeroes: bool, durable: bool) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            if zeroes:
+                await loop.run_in_executor(None, self._zero, command)
+            if durable:
+                await loop.run_in_executor(None, self.flush)
+        except OSError as error:
+            answers.failed(command, error)
+        else:
+            answers.done(command)
 
 
-class MemoryExport(Export):
+class MemoryExport(LocalExport):
     """Zeroes at first. Writes are received straight into the memory and reads are sent straight from it."""
 
     __slots__ = ("_memory", "_view", "_written")
@@ -100,26 +238,18 @@ class MemoryExport(Export):
         """A view of the memory."""
         return self._view[offset : offset + length]
 
-    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+    def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
         """Holes are granules that nobody has written to."""
-        stop = offset + length
-        marks = self._written[offset // HOLE_GRANULE : (stop - 1) // HOLE_GRANULE + 1]
-        if 1 not in marks:
-            return [(length, True)]
-        if 0 not in marks:
-            return [(length, False)]
         found: list[tuple[int, bool]] = []
-        while offset < stop:
-            hole = not self._written[offset // HOLE_GRANULE]
-            size = min(HOLE_GRANULE - offset % HOLE_GRANULE, stop - offset)
-            if found and found[-1][1] == hole:
-                found[-1] = (found[-1][0] + size, hole)
-            elif len(found) == MAX_EXTENTS - 1:
-                found.append((stop - offset, False))
-                break
-            else:
-                found.append((size, hole))
-            offset += size
+        stop = offset + length
+        granules = -(-stop // HOLE_GRANULE)
+        while offset < stop and len(found) < limit:
+            at = offset // HOLE_GRANULE
+            hole = not self._written[at]
+            change = self._written.find(hole, at, granules)
+            end = stop if change < 0 else change * HOLE_GRANULE
+            found.append((end - offset, hole))
+            offset = end
         return found
 
     def destination(self, offset: int, length: int) -> memoryview:
@@ -132,8 +262,8 @@ class MemoryExport(Export):
     def write(self, offset: int, payload: memoryview) -> None:
         """Nothing to do: it was received in place."""
 
-    def zero(self, offset: int, length: int, punch: bool) -> None:
-        """Give whole granules back to the kernel, overwrite the rest."""
+    def zero(self, offset: int, length: int, punch: bool, fast: bool) -> None:
+        """Always fast: give whole granules back to the kernel, overwrite the rest."""
         stop = offset + length
         first = -(-offset // HOLE_GRANULE) * HOLE_GRANULE
         last = stop // HOLE_GRANULE * HOLE_GRANULE
@@ -160,7 +290,7 @@ class MemoryExport(Export):
         del self._view, self._memory
 
 
-class FileExport(Export):
+class FileExport(LocalExport):
     """A regular file or a block device, through the page cache. Reads that the cache does not have block the server."""
 
     __slots__ = ("_fd",)
@@ -187,25 +317,20 @@ class FileExport(Export):
             raise OSError(errno.EIO, f"the file has shrunk: {len(data)} of {length} bytes at {offset}")
         return data
 
-    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+    def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
         """Holes as the file system tells them (SEEK_HOLE)."""
         found: list[tuple[int, bool]] = []
         stop = offset + length
-        while offset < stop:
+        while offset < stop and len(found) < limit:
             try:
                 data = min(os.lseek(self._fd, offset, os.SEEK_DATA), stop)
-                end = min(os.lseek(self._fd, data, os.SEEK_HOLE), stop) if data < stop else stop
+                end = min(os.lseek(self._fd, offset, os.SEEK_HOLE), stop) if data == offset else data
             except OSError as error:
                 if error.errno == errno.ENXIO:  # a hole up to the end of the file
-                    found.append((stop - offset, True))
-                    break
-                data, end = offset, stop  # a device, or a file system without SEEK_DATA
-            if data > offset:
-                found.append((data - offset, True))
-            if len(found) >= MAX_EXTENTS - 1:
-                end = stop
-            if end > data:
-                found.append((end - data, False))
+                    data = end = stop
+                else:
+                    data, end = offset, stop  # a device, or a file system without SEEK_DATA
+            found.append((end - offset, data > offset))
             offset = end
         return found
 
@@ -219,9 +344,9 @@ class FileExport(Export):
         while done < len(payload):
             done += os.pwrite(self._fd, payload[done:], offset + done)
 
-    def zero(self, offset: int, length: int, punch: bool) -> None:
-        """With fallocate(2) where that works."""
-        zero_range(self._fd, offset, length, punch)
+    def zero(self, offset: int, length: int, punch: bool, fast: bool) -> None:
+        """With fallocate(2) where that works, which is fast."""
+        zero_range(self._fd, offset, length, punch, fast)
 
     @property
     def volatile(self) -> bool:

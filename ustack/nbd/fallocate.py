@@ -16,11 +16,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
-def zero_range(fd: int, offset: int, length: int, punch: bool) -> None:
+def zero_range(fd: int, offset: int, length: int, punch: bool, fast: bool = False) -> None:
     """Make `length` bytes at `offset` of a file or block device read as zeroes: as a hole with `punch`, allocated otherwise.
 
-    Where the kernel, the file system or the device cannot do it (EOPNOTSUPP, ENODEV, EINVAL), zeroes are written.
-    Raises OSError.
+    Where the kernel, the file system or the device cannot do it (EOPNOTSUPP, ENODEV, EINVAL), zeroes are written, or with
+    `fast` it is ENOTSUP. Raises OSError.
     """
     mode = _FALLOC_FL_KEEP_SIZE | (_FALLOC_FL_PUNCH_HOLE if punch else _FALLOC_FL_ZERO_RANGE)
     if _libc.fallocate(fd, mode, offset, length) == 0:
@@ -28,6 +28,8 @@ def zero_range(fd: int, offset: int, length: int, punch: bool) -> None:
     code = ctypes.get_errno()
     if code not in (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL):
         raise OSError(code, os.strerror(code))
+    if fast:
+        raise OSError(errno.ENOTSUP, "zeroing is no faster than writing here")
     stop = offset + length
     while offset < stop:
         offset += os.pwrite(fd, _ZEROES[: stop - offset], offset)

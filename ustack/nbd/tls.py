@@ -41,6 +41,28 @@ def settings_for(uri: NbdUri, context: ssl.SSLContext | None = None) -> TlsSetti
     return TlsSettings(context, hostname)
 
 
+def server_context(folder: str, *, verify_peer: bool = False) -> ssl.SSLContext:
+    """What a server speaks TLS with: `server-cert.pem` and `server-key.pem` of a directory as nbdkit and qemu-nbd want it.
+
+    With `verify_peer` clients need a certificate that `ca-cert.pem` has signed, and `ca-crl.pem`, where there is one, has not
+    revoked. Raises OSError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    place = Path(folder)
+    try:
+        context.load_cert_chain(place / "server-cert.pem", place / "server-key.pem")
+        if verify_peer:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(place / "ca-cert.pem")
+            if (place / "ca-crl.pem").exists():
+                context.load_verify_locations(place / "ca-crl.pem")
+                context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
+    except OSError as error:
+        raise OSError(error.errno, f"cannot load the certificates: {error.strerror or error}", folder) from None
+    return context
+
+
 def _x509_context(uri: NbdUri) -> ssl.SSLContext:
     if uri.tls_type == "anon":
         raise OSError(errno.EOPNOTSUPP, f"{uri}: anonymous TLS is no protection against anybody, and is not offered")
@@ -99,11 +121,13 @@ class TlsTransport:
 
     __slots__ = ("_incoming", "_object", "_outgoing", "_plain", "_ready", "_transport", "buffer")
 
-    def __init__(self, transport: Any, settings: TlsSettings) -> None:
+    def __init__(self, transport: Any, settings: TlsSettings, *, server_side: bool = False) -> None:
         self._transport = transport
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
-        self._object = settings.context.wrap_bio(self._incoming, self._outgoing, server_hostname=settings.hostname)
+        self._object = settings.context.wrap_bio(
+            self._incoming, self._outgoing, server_side=server_side, server_hostname=settings.hostname
+        )
         self._plain: list[bytes] = []
         self._ready = False
         self.buffer = memoryview(bytearray(RECEIVE_BUFFER))
