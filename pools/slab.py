@@ -288,8 +288,13 @@ class KmemCache:
         entry.append(addr)
 
     def _alloc_slow(self, gfp: int, array: ArrayCache) -> int:
-        if self._reserve_partial and may_use_reserve(gfp) and self._ordinary_way_is_shut():
-            return self._alloc_from_reserve(array)
+        pages = self.pages
+        if pages.free_pages <= pages.min_pages and not (self.shared.entry or self._partial or self._free):
+            # No object and no page above `min`: when memory is out this happens for every object, and must not cost much. Who
+            # may use the reserve does so before anything is reaped, as in Linux (__alloc_pages_slowpath).
+            addr = self._alloc_from_reserve(array) if may_use_reserve(gfp) else pages.alloc(self.order, gfp, self._owner)
+            if addr >= 0 or self._shrink is None or not self._shrink():
+                return addr
         found = self._refill(array)
         if not found and self._shrink is not None and self._shrink():
             found = self._refill(array)
@@ -297,20 +302,6 @@ class KmemCache:
             self.pfmemalloc = False
             return array.entry.pop()
         return self._alloc_from_reserve(array) if may_use_reserve(gfp) else NULL
-
-    def _ordinary_way_is_shut(self) -> bool:
-        """Whether refilling would fail for certain: no free object, no page above `min`, nothing to reap. Trying comes to the
-        same and takes longer, and when memory is out this happens for every object.
-        """
-        pages = self.pages
-        return not (
-            pages.free_pages > pages.min_pages
-            or self.shared.entry
-            or self._partial
-            or self._free
-            or self._shrink is None
-            or self._shrink()
-        )
 
     def _refill(self, array: ArrayCache) -> bool:
         """Fill a lane's empty array with up to a batch (cache_alloc_refill). False if there are no objects and no pages."""

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pools.base import NULL
+from pools.gfp import ATOMIC
 from tests.transport.tcp.peer import Peer, pattern
 from ustack.drops import DropReason
 from ustack.link.device import FEATURE_CSUM, FEATURE_TSO, NO_CSUM
@@ -209,3 +211,37 @@ def test_with_room_nothing_is_pruned(peer: Peer) -> None:
     assert make_room(user.conn, user.conn.rcv_nxt, SEGMENT) is None
     user.conn.charges.reclaim()
     assert not counted(peer, *RECEIVING)
+
+
+def test_who_drops_for_want_of_room_says_a_window_of_zero_until_there_is_some(peer: Peer) -> None:
+    user = peer.connects(rcvbuf=10 * SEGMENT)
+    promised = user.conn.rcv_adv = user.conn.rcv_nxt + 60_000
+    fill(peer, user, 10 * SEGMENT)
+    for _ in range(2):  # however often it comes
+        peer.sends(ACK, length=1460)
+        assert peer.expects(ACK).window == 0
+        assert user.conn.rcv_adv == promised, "what was promised is taken when there is room, and never shrinks"
+        peer.nxt -= 1460
+    user.reads(user.expected - 1)
+    assert peer.expects(ACK).window > 0, "the user has read: the peer need not probe to learn of it"
+    peer.sends(ACK, length=1460)
+    user.reads(1460)
+
+
+def test_the_window_opens_when_what_had_no_room_comes_again(make_peer: Callable[..., Peer]) -> None:
+    peer = make_peer()
+    user = peer.connects()
+    pages = peer.stack.pages
+    peer.sends(ACK, length=1460)
+    peer.ignores()
+    owner = pages.owner_id("hog")
+    hog = list(iter(lambda: pages.alloc(0, ATOMIC, owner), NULL))
+    while not peer.stack.mib.TcpExtTCPRcvQDrop:
+        peer.sends(ACK, length=1460)
+    assert peer.expects(ACK).window == 0
+    for pfn in hog:
+        pages.free(pfn, 0)
+    peer.nxt -= 1460
+    peer.sends(ACK, length=1460)
+    assert peer.expects(ACK).window > 0
+    user.reads(user.expected - 1)

@@ -54,7 +54,9 @@ class Connection:
     """One TCP connection. Sequence numbers are unwrapped; sizes are bytes, times seconds.
 
     Send sequence variables: `iss snd_una snd_nxt snd_wnd snd_wl1 snd_wl2`; receive: `irs rcv_nxt`, `rcv_wup` (RCV.NXT when we
-    last acknowledged) and `rcv_adv` (the right edge of the window that we advertised, which never moves left).
+    last acknowledged) and `rcv_adv` (the right edge of the window that we advertised, which never moves left); `no_room_at` is
+    RCV.NXT when a segment that begins there was dropped for want of memory, else -1: until it comes again or the user has read,
+    the window that we say is 0 (ICSK_ACK_NOMEM of tcp_select_window; Linux 6.5).
     """
 
     __slots__ = (
@@ -86,6 +88,7 @@ class Connection:
         "mss",
         "mtu",
         "nagle_end",
+        "no_room_at",
         "options",
         "pacer",
         "path",
@@ -178,6 +181,7 @@ class Connection:
         self.rcv_nxt = 0
         self.rcv_wup = 0
         self.rcv_adv = 0
+        self.no_room_at = -1
         self.rcv_wscale = 0
         self.fin_seq = -1
 

@@ -285,6 +285,7 @@ def _take(conn: Connection, segment: ArrivingSegment, offset: int, size: int) ->
             return None
     charges.drops += 1
     charges.reclaim()
+    conn.no_room_at = conn.rcv_nxt
     conn.tcp.env.mib.TcpExtTCPRcvQDrop += 1
     conn.notify(READABLE)
     return reason

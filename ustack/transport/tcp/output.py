@@ -145,11 +145,12 @@ def after_read(conn: Connection) -> None:
     if conn.state in (State.ESTABLISHED, State.FIN_WAIT1, State.FIN_WAIT2):
         wanted = conn.ack_due != ACK_NONE and conn.rcv_nxt - conn.rcv_wup > conn.rcv_mss
         if not wanted:
-            left = conn.rcv_adv - conn.rcv_nxt
+            left = 0 if conn.no_room_at == conn.rcv_nxt else conn.rcv_adv - conn.rcv_nxt
             if left * 2 <= conn.rcvbuf * conn.win_ratio >> 8:
                 window = receive_window(conn)
                 wanted = window > 0 and window >= 2 * left
         if wanted:
+            conn.no_room_at = -1
             if conn.tcp.env.batching:
                 conn.ack_due = ACK_NOW
                 conn.tcp.schedule_once(conn)
@@ -207,6 +208,11 @@ def transmit(conn: Connection, seq: int, length: int, flags: int, ect: int = 0) 
         window = receive_window(conn)
         conn.rcv_adv = rcv_nxt + window
         conn.rcv_wup = rcv_nxt
+    if conn.no_room_at >= 0:
+        if conn.no_room_at == rcv_nxt:
+            window = 0  # what was promised is taken if it comes; but rather a probe now and then than all of it again and again
+        else:
+            conn.no_room_at = -1
     conn.ack_due = ACK_NONE
     conn.delack_timer.deadline = NEVER
     mss = conn.mss
