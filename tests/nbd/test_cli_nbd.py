@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from click.testing import CliRunner, Result
 
-from ustack.cli.nbd import human_size, nbd
+from ustack.cli.nbd import nbd
+from ustack.cli.nbd_options import human_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,86 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ustack.cli.control import control_option, open_tcp_through_daemon
+from ustack.cli.nbd_options import SCHEMES, connection_maker, human_size, parse_uri, run, via_options
+from ustack.cli.nbd_serve import serve
 from ustack.cli.size import Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from ustack.nbd import ExportEntry, ExportInfo, NbdUri
-    from ustack.nbd.connection import CreateConnection
     from ustack.nbd.copy import CopyResult, Disk
-
-SCHEMES: Final = ("nbd:", "nbds:", "nbd+unix:", "nbds+unix:")
-
-
-def human_size(nbytes: int) -> str:
-    """`1G` for 1073741824, as nbdinfo writes sizes: the largest unit that divides them."""
-    units = ["", "K", "M", "G", "T", "P", "E"]
-    while nbytes >= 1024 and nbytes % 1024 == 0:
-        nbytes //= 1024
-        units.pop(0)
-    return f"{nbytes}{units[0]}"
-
-
-def _via_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = (
-        click.option(
-            "--via",
-            type=click.Choice(["kernel", "daemon"]),
-            default="kernel",
-            show_default=True,
-            help="Whose TCP: the kernel's, or our own stack in a running daemon.",
-        ),
-        control_option,
-        click.option(
-            "--timeout",
-            type=click.FloatRange(min=0, min_open=True),
-            default=30.0,
-            show_default=True,
-            help="Seconds to wait for the connection and for each reply.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _create_connection(via: str, control: str) -> CreateConnection | None:
-    if via == "kernel":
-        return None
-
-    async def through_daemon(factory: Any, host: str, port: int) -> tuple[Any, Any]:
-        return await open_tcp_through_daemon(control, host, port, factory, memalloc=True)
-
-    return through_daemon
-
-
-def _run(main: Coroutine[Any, Any, Any]) -> Any:
-    """Run on uvloop; errors of the operating system and of the server end the program with their text."""
-    import asyncio
-
-    import uvloop
-
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(main)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise click.ClickException(f"{where}{error.strerror or error}") from error
-
-
-def _parse_uri(text: str) -> NbdUri:
-    from ustack.nbd import NbdUri
-
-    try:
-        return NbdUri.parse(text)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
 
 
 @click.group()
@@ -98,23 +31,23 @@ def nbd() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Write JSON, with the keys of nbdinfo.")
 @click.option("--list", "list_all", is_flag=True, help="Show all exports of the server.")
 @click.option("--size", "only_size", is_flag=True, help="Write nothing but the size in bytes.")
-@_via_options
+@via_options
 def info(uri: str, as_json: bool, list_all: bool, only_size: bool, via: str, control: str, timeout: float) -> None:
     """Show what the server at URI says about an export."""
     from ustack.nbd import connect, list_exports
 
-    parsed = _parse_uri(uri)
+    parsed = parse_uri(uri)
 
     async def ask() -> tuple[list[ExportEntry], bool]:
         from ustack.nbd import ExportEntry
 
-        create = _create_connection(via, control)
+        create = connection_maker(via, control)
         if list_all:
             return await list_exports(parsed, create_connection=create, connect_timeout=timeout), True
         async with connect(parsed, create_connection=create, connect_timeout=timeout) as disk:
             return [ExportEntry(disk.name, disk.description or "", disk.info)], disk.structured_replies
 
-    exports, structured = _run(ask())
+    exports, structured = run(ask())
     if only_size:
         for export in exports:
             click.echo(export.info.size if export.info else "")
@@ -200,7 +133,7 @@ def _print_text(uri: NbdUri, exports: list[ExportEntry], structured: bool) -> No
 )
 @click.option("--flush/--no-flush", default=True, show_default=True, help="Bring the copy to stable storage in the end.")
 @click.option("-p/-P", "--progress/--no-progress", default=None, help="Show a progress bar (default: on a terminal).")
-@_via_options
+@via_options
 def copy(
     source: str,
     destination: str,
@@ -251,8 +184,8 @@ async def _open_disk(name: str, create_size: int | None, via: str, control: str,
     if name.startswith(SCHEMES):
         from ustack.nbd.connector import open_disk
 
-        uri = _parse_uri(name)
-        create = _create_connection(via, control)
+        uri = parse_uri(name)
+        create = connection_maker(via, control)
         return await open_disk([uri], create_connection=create, connect_timeout=seconds, request_timeout=seconds)
     from ustack.nbd.copy import LocalDisk
 
@@ -261,66 +194,14 @@ async def _open_disk(name: str, create_size: int | None, via: str, control: str,
 
 def _run_with_bar(main: Callable[[Callable[[int, int], object] | None], Coroutine[Any, Any, Any]], show: bool) -> Any:
     if not show:
-        return _run(main(None))
+        return run(main(None))
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("copy", total=None)
-        return _run(main(lambda done, total: bar.update(task, completed=done, total=total)))
+        return run(main(lambda done, total: bar.update(task, completed=done, total=total)))
 
 
-# -- serve -------------------------------------------------------------------------------------------------------------------
-
-
-@nbd.command()
-@click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False))
-@click.option("--memory", "memory", multiple=True, type=Size(), help="Export this much memory; may be repeated.")
-@click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=10809, show_default=True, help="TCP port; 0: any free one.")
-@click.option("--unix", "unix_path", type=click.Path(resolve_path=True), help="Listen on a unix socket instead.")
-@click.option("--read-only", is_flag=True, help="Refuse writes.")
-def serve(
-    files: tuple[str, ...], memory: tuple[int, ...], address: str, port: int, unix_path: str | None, read_only: bool
-) -> None:
-    """Serve FILES and memory over the kernel's sockets until interrupted.
-
-    Files are exported under their names, memory as memory, memory2 and so on. A client that asks for no export by name gets the
-    first one. There is no access control: anybody who reaches the address may read and write.
-    """
-    if not files and not memory:
-        raise click.UsageError("nothing to serve: name a file or give --memory SIZE")
-    _run(_serve(files, memory, address, port, unix_path, read_only))
-
-
-async def _serve(
-    files: tuple[str, ...], memory: tuple[int, ...], address: str, port: int, unix_path: str | None, read_only: bool
-) -> None:
-    from pathlib import Path
-
-    from ustack.cli.signals import until_signal
-    from ustack.nbd import NbdUri
-    from ustack.nbd.export import Export, FileExport, MemoryExport
-    from ustack.nbd.server import NbdServer
-
-    exports: list[Export] = []
-    for number, size in enumerate(memory, 1):
-        exports.append(MemoryExport(size, "memory" if number == 1 else f"memory{number}", read_only=read_only))
-    exports.extend(FileExport(path, Path(path).name, read_only=read_only) for path in files)
-    try:
-        server = NbdServer(exports)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    if unix_path is not None:
-        await server.listen_unix(unix_path)
-        uri = NbdUri("nbd+unix", socket=unix_path)
-    else:
-        uri = NbdUri("nbd", address, await server.listen_tcp(address, port))
-    for export in exports:
-        click.echo(f"{_uri_of(uri, export.info.name)}\t{human_size(export.info.size)}")
-    sys.stdout.flush()
-    try:
-        await until_signal()
-    finally:
-        await server.close()
+nbd.add_command(serve)

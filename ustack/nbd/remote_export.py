@@ -1,0 +1,131 @@
+"""An export whose disk is elsewhere: what clients ask of it goes on to another server, through our client.
+
+That is how the kernel's nbd, QEMU and whatever else speaks NBD over a unix socket come to a disk over our own stack, and to
+what our client does about lost connections: while the other server is away, commands wait, and nobody is told. Many commands
+are under way at a time and are answered as the answers come. What the other server offers is offered, its block sizes are ours.
+The order of writes and flushes is kept, since all our clients share one session: a flush covers what was answered to any of
+them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING, Final
+
+from ustack.nbd.constants import (
+    ERRNO_TO_WIRE,
+    NBD_CMD_CACHE,
+    NBD_CMD_FLAG_FUA,
+    NBD_CMD_FLAG_NO_HOLE,
+    NBD_CMD_FLUSH,
+    NBD_CMD_READ,
+    NBD_CMD_TRIM,
+    NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES,
+    NBD_FLAG_CAN_MULTI_CONN,
+    NBD_FLAG_HAS_FLAGS,
+    NBD_FLAG_READ_ONLY,
+    NBD_FLAG_ROTATIONAL,
+    NBD_FLAG_SEND_CACHE,
+    NBD_FLAG_SEND_DF,
+    NBD_FLAG_SEND_FLUSH,
+    NBD_FLAG_SEND_FUA,
+    NBD_FLAG_SEND_TRIM,
+    NBD_FLAG_SEND_WRITE_ZEROES,
+)
+from ustack.nbd.export import Export
+from ustack.nbd.export_info import ExportInfo
+
+if TYPE_CHECKING:
+    from ustack.nbd.client import NbdClient
+    from ustack.nbd.export import Answers
+    from ustack.nbd.server_transmission import Command
+
+_PASSED_ON: Final = (
+    NBD_FLAG_READ_ONLY
+    | NBD_FLAG_ROTATIONAL
+    | NBD_FLAG_SEND_CACHE
+    | NBD_FLAG_SEND_FLUSH
+    | NBD_FLAG_SEND_FUA
+    | NBD_FLAG_SEND_TRIM
+    | NBD_FLAG_SEND_WRITE_ZEROES
+)
+_OUR_OWN: Final = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_DF | NBD_FLAG_CAN_MULTI_CONN
+"""A read is answered in one piece, and all clients share one session, whatever the other server does."""
+_WRITES: Final = NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES
+
+
+class RemoteExport(Export):
+    """`disk` under the name `name`: by default the one that it has over there. The disk remains the caller's, who closes it."""
+
+    __slots__ = ("_disk",)
+
+    def __init__(self, disk: NbdClient, name: str | None = None, *, read_only: bool = False) -> None:
+        flags = _OUR_OWN | (disk.info.flags & _PASSED_ON)
+        if read_only:
+            flags = (flags & ~_WRITES) | NBD_FLAG_READ_ONLY
+        super().__init__(
+            ExportInfo(
+                disk.name if name is None else name,
+                disk.size,
+                flags,
+                disk.description,
+                minimum_block=disk.minimum_block,
+                preferred_block=disk.preferred_block,
+                maximum_payload=disk.maximum_payload,
+            ),
+            (),
+        )
+        self._disk = disk
+
+    def destination(self, offset: int, length: int) -> memoryview:
+        """A buffer of its own for each write, which is sent from there."""
+        return memoryview(bytearray(length))
+
+    def submit(self, command: Command, answers: Answers) -> asyncio.Task[None]:
+        """Send it on."""
+        return asyncio.get_running_loop().create_task(self._forward(command, answers))
+
+    def abandon(self, task: asyncio.Task[None]) -> None:
+        """Nobody waits any more. A write that was not answered may or may not happen."""
+        task.cancel()
+
+    def close(self) -> None:
+        """Nothing: the disk is the caller's."""
+
+    async def _forward(self, command: Command, answers: Answers) -> None:
+        try:
+            if command.command == NBD_CMD_READ:
+                data = bytearray(command.length)
+                await self._disk.pread_into(data, command.offset)
+                answers.read(command, ((command.length, data),))
+                return
+            await self._change(command)
+        except OSError as error:
+            answers.failed(command, _seen_from_here(error))
+        else:
+            answers.done(command)
+
+    async def _change(self, command: Command) -> None:
+        disk, kind, flags, offset, length = self._disk, command.command, command.flags, command.offset, command.length
+        fua = bool(flags & NBD_CMD_FLAG_FUA)
+        if kind == NBD_CMD_WRITE:
+            assert command.payload is not None
+            await disk.pwrite(command.payload, offset, fua=fua)
+        elif kind == NBD_CMD_FLUSH:
+            await disk.flush()
+        elif kind == NBD_CMD_TRIM:
+            await disk.trim(length, offset, fua=fua)
+        elif kind == NBD_CMD_WRITE_ZEROES:
+            await disk.zero(length, offset, fua=fua, no_hole=bool(flags & NBD_CMD_FLAG_NO_HOLE))
+        elif kind == NBD_CMD_CACHE:
+            await disk.cache(length, offset)
+
+
+def _seen_from_here(error: OSError) -> OSError:
+    """What a client is told. An error of the other server is its own; any other means that our client has given it up, and this
+    export with it: ESHUTDOWN, after which a client may look for it anew."""
+    if error.errno in ERRNO_TO_WIRE:
+        return error
+    return OSError(errno.ESHUTDOWN, f"the disk is lost: {error.strerror or error}")
