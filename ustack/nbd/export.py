@@ -326,10 +326,10 @@ class FileExport(LocalExport):
                 data = min(os.lseek(self._fd, offset, os.SEEK_DATA), stop)
                 end = min(os.lseek(self._fd, offset, os.SEEK_HOLE), stop) if data == offset else data
             except OSError as error:
-                if error.errno == errno.ENXIO:  # a hole up to the end of the file
-                    data = end = stop
+                if error.errno == errno.ENXIO and os.lseek(self._fd, 0, os.SEEK_END) >= stop:
+                    data = end = stop  # a hole up to the end of the file
                 else:
-                    data, end = offset, stop  # a device, or a file system without SEEK_DATA
+                    data, end = offset, stop  # a device, a file system without SEEK_DATA, or a file that has shrunk
             found.append((end - offset, data > offset))
             offset = end
         return found
