@@ -35,7 +35,15 @@ def status(as_json: bool, control: str) -> None:
         size = f", {export['size']} bytes" if export["size"] else ""
         error = f": {export['error']}" if export["error"] else ""
         click.echo(f"nbd {export['name']} {export['uri']}: {export['state']} for {export['since']:.0f} s{size}{error}")
+        if export["fuse"]:
+            click.echo(f"    {_file(export['fuse'])}")
     _print_memory(report["memory"])
+
+
+def _file(fuse: dict[str, Any]) -> str:
+    """The disk as a file, and what it was asked for."""
+    waiting = f", {fuse['in_flight']} waiting, the oldest for {fuse['oldest']:.1f} s" if fuse["in_flight"] else ""
+    return f"file {fuse['path']}: {fuse['reads']} reads, {fuse['writes']} writes, {fuse['errors']} errors{waiting}"
 
 
 def _print_memory(memory: dict[str, Any]) -> None:

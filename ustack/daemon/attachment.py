@@ -1,4 +1,5 @@
-"""An NBD export that the daemon keeps attached: it connects, tries again with back-off, and says how things are.
+"""An NBD export that the daemon keeps attached: it connects, tries again with back-off, says how things are, and makes the disk
+a file if it is told to.
 
 Requests survive a lost connection (`ustack.nbd.session`); only after `dead_after`, or when the export has changed, they fail,
 and the export is attached anew.
@@ -12,6 +13,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from ustack.nbd.connector import open_disk
+from ustack.nbd.fuse_export import FuseExport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +34,8 @@ log = logging.getLogger("ustack")
 class Attachment:
     """One export of the configuration, attached over `stack`. `on_change` is called when its state changes.
 
-    `state` is "connecting", "attached" or "lost"; `client` is there while it is attached; `error` says why it is not.
+    `state` is "connecting", "attached" or "lost"; `client` is there while it is attached; `error` says why it is not. `fuse` is
+    the disk as a file, from the first attachment to the end.
     """
 
     def __init__(self, stack: Stack, config: Nbd, on_change: Callable[[], None]) -> None:
@@ -40,6 +43,7 @@ class Attachment:
         self.state = "connecting"
         self.error = ""
         self.client: NbdClient | None = None
+        self.fuse: FuseExport | None = None
         self._stack = stack
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
@@ -56,10 +60,13 @@ class Attachment:
             "size": self.client.size if self.client is not None else None,
             "error": self.error,
             "counters": self.client.counters() if self.client is not None else {},
+            "fuse": self.fuse.report() if self.fuse is not None else None,
         }
 
     async def close(self) -> None:
         """Let go of the export in order."""
+        if self.fuse is not None:
+            await self.fuse.close()
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
@@ -92,10 +99,37 @@ class Attachment:
             self._enter("attached")
             log.info("nbd %s: attached, %d bytes", self.config.name, self.client.size)
             try:
+                if self.config.fuse is not None:
+                    self._export_file(self.config.fuse, self.client)
                 await self.client.wait_lost()
             finally:
                 client, self.client = self.client, None
+                if self.fuse is not None:
+                    self.fuse.disk = None
                 await client.close()
+
+    def _export_file(self, path: str, client: NbdClient) -> None:
+        """Make the disk a file; after a loss, let the file have its disk back, if it is the same."""
+        if self.fuse is not None and self.fuse.size == client.size:
+            self.fuse.disk = client
+        elif self.fuse is not None:
+            self.error = f"{path}: had {self.fuse.size} bytes, and the disk has {client.size} now: requests fail"
+            log.critical("nbd %s: %s", self.config.name, self.error)
+        else:
+            try:
+                self.fuse = FuseExport(
+                    client,
+                    path,
+                    name=f"ustack:{self.config.name}",
+                    requests=self.config.requests,
+                    request_size=self.config.request_size,
+                )
+            except OSError as error:
+                self.error = f"{error.filename or path}: {error.strerror}"
+                log.error("nbd %s: %s", self.config.name, self.error)
+                return
+            log.info("nbd %s: is the file %s", self.config.name, self.fuse.path)
+        self._on_change()
 
     def _on_event(self, event: str, reason: OSError | None) -> None:
         text = str(reason.strerror or reason) if reason is not None else ""

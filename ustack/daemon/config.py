@@ -197,6 +197,9 @@ class Nbd(Section):
     """Bytes of data of one request, for which the reserve is made; of larger ones fewer are in flight."""
     dead_after: Annotated[float, Field(ge=0)] = 0.0
     """Seconds without an answer after which requests fail; 0: never, callers wait until the server is back."""
+    fuse: Annotated[str, Field(min_length=1)] | None = None
+    """Path of a file that is the disk (FUSE; needs CAP_SYS_ADMIN and /dev/fuse): for loop devices, and swap on them. There must
+    be nothing, or an empty file."""
 
 
 class Control(Section):
@@ -325,6 +328,10 @@ def _contradictions(config: Config) -> Iterator[str]:
     for number, name in enumerate(names):
         if name in names[:number]:
             yield f"{place(('nbd', number), 'name')} = {toml_value(name)}: allowed is each name only once"
+    files = [nbd.fuse for nbd in config.nbd]
+    for number, file in enumerate(files):
+        if file is not None and file in files[:number]:
+            yield f"{place(('nbd', number), 'fuse')} = {toml_value(file)}: allowed is each path only once"
     reserve = config.memory.reserve
     if isinstance(reserve, int) and reserve > config.memory.size - PAGE_SIZE:
         yield f"[memory] reserve = {reserve}: allowed is less than the whole memory, {config.memory.size}"
