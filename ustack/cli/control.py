@@ -46,7 +46,7 @@ class Control:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def send(self, name: str, **args: Any) -> None:
+    def send(self, name: str, /, **args: Any) -> None:
         """Ask for the call `name`."""
         self.socket.sendall(_request(name, args))
 
@@ -74,7 +74,7 @@ class Control:
             line += more
         return _answer(line)["ok"], fds
 
-    def call(self, name: str, **args: Any) -> Any:
+    def call(self, name: str, /, **args: Any) -> Any:
         """Ask, and return the answer."""
         self.send(name, **args)
         return self.receive()["ok"]

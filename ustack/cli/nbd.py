@@ -1,4 +1,4 @@
-"""`ustack nbd`: look at NBD exports, copy them, serve some."""
+"""`ustack nbd`: look at NBD exports, copy them, serve and attach some."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ustack.cli.nbd_attach import attach, detach
 from ustack.cli.nbd_options import SCHEMES, connection_maker, human_size, parse_uri, run, via_options
 from ustack.cli.nbd_serve import serve
 from ustack.cli.size import Size
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def nbd() -> None:
-    """Network block devices: look, copy, serve."""
+    """Network block devices: look, copy, serve, attach."""
 
 
 # -- info --------------------------------------------------------------------------------------------------------------------
@@ -205,3 +206,5 @@ def _run_with_bar(main: Callable[[Callable[[int, int], object] | None], Coroutin
 
 
 nbd.add_command(serve)
+nbd.add_command(attach)
+nbd.add_command(detach)

@@ -35,6 +35,8 @@ def status(as_json: bool, control: str) -> None:
         size = f", {export['size']} bytes" if export["size"] else ""
         error = f": {export['error']}" if export["error"] else ""
         click.echo(f"nbd {export['name']} {export['uri']}: {export['state']} for {export['since']:.0f} s{size}{error}")
+        for front_end in export["front_ends"]:
+            click.echo(f"    at {front_end['path']}, {front_end['clients']} clients")
         if export["fuse"]:
             click.echo(f"    {_file(export['fuse'])}")
     _print_memory(report["memory"])

@@ -7,6 +7,7 @@ error names the file, the section, the key, the value, and what is allowed.
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, fields
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from itertools import pairwise
@@ -87,6 +88,12 @@ def _file_mode(value: object) -> object:
         raise ValueError(allowed) from None
     if mode & ~0o777:
         raise ValueError(allowed)
+    return value
+
+
+def _nbd_device(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|/dev/nbd\d{1,5}", value):
+        raise ValueError('"auto" or a device of the kernel\'s nbd, such as "/dev/nbd0"')
     return value
 
 
@@ -197,9 +204,22 @@ class Nbd(Section):
     """Bytes of data of one request, for which the reserve is made; of larger ones fewer are in flight."""
     dead_after: Annotated[float, Field(ge=0)] = 0.0
     """Seconds without an answer after which requests fail; 0: never, callers wait until the server is back."""
+    unix: Annotated[str, Field(min_length=1, max_length=107)] | None = None
+    """Path of a unix socket that speaks NBD and leads to the disk: for QEMU, libnbd, fio, nbd-client."""
+    unix_mode: Annotated[str, BeforeValidator(_file_mode)] = "0600"
+    """Who may connect to it: its permission bits."""
+    device: Annotated[str, BeforeValidator(_nbd_device)] | None = None
+    """A device of the kernel's nbd that is the disk, such as `/dev/nbd0`, or `auto` for any that is free (needs CAP_SYS_ADMIN
+    and the module nbd)."""
     fuse: Annotated[str, Field(min_length=1)] | None = None
     """Path of a file that is the disk (FUSE; needs CAP_SYS_ADMIN and /dev/fuse): for loop devices, and swap on them. There must
     be nothing, or an empty file."""
+
+
+class Disks(Section):
+    """What is attached by a call of the control socket: sections [[nbd]] and nothing else."""
+
+    nbd: list[Nbd]
 
 
 class Control(Section):
@@ -328,10 +348,11 @@ def _contradictions(config: Config) -> Iterator[str]:
     for number, name in enumerate(names):
         if name in names[:number]:
             yield f"{place(('nbd', number), 'name')} = {toml_value(name)}: allowed is each name only once"
-    files = [nbd.fuse for nbd in config.nbd]
-    for number, file in enumerate(files):
-        if file is not None and file in files[:number]:
-            yield f"{place(('nbd', number), 'fuse')} = {toml_value(file)}: allowed is each path only once"
+    for key in ("fuse", "unix", "device"):
+        places = [getattr(nbd, key) for nbd in config.nbd]
+        for number, place_ in enumerate(places):
+            if place_ not in (None, "auto") and place_ in places[:number]:
+                yield f"{place(('nbd', number), key)} = {toml_value(place_)}: allowed is each only once"
     reserve = config.memory.reserve
     if isinstance(reserve, int) and reserve > config.memory.size - PAGE_SIZE:
         yield f"[memory] reserve = {reserve}: allowed is less than the whole memory, {config.memory.size}"

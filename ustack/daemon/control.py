@@ -39,7 +39,7 @@ from ustack.net import addresses
 from ustack.sockaddr import pack_host, unpack_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from ustack.socket import Socket
     from ustack.stack import Stack
@@ -49,9 +49,15 @@ LINE_MAX: Final = 64 << 10
 
 
 class ControlServer:
-    """Serves `stack` on a unix socket. `status` answers the call of that name."""
+    """Serves `stack` on a unix socket. `status` answers the call of that name; `actions` are calls with arguments, by name,
+    which change what the daemon does."""
 
-    def __init__(self, stack: Stack, status: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        status: Callable[[], dict[str, Any]],
+        actions: dict[str, Callable[..., Awaitable[object]]] | None = None,
+    ) -> None:
         self.stack = stack
         self.sessions: set[Session] = set()
         self.calls: dict[str, Callable[[], object]] = {
@@ -61,6 +67,7 @@ class ControlServer:
             "memory": lambda: reports.memory(stack),
             "status": status,
         }
+        self.actions = actions or {}
         self._server: asyncio.AbstractServer | None = None
         self._path: Path | None = None
 
@@ -213,11 +220,13 @@ class Session(asyncio.Protocol):
                 answer = _STREAMING[name](self, **args)
                 if isawaitable(answer):
                     await answer
+            elif name in self._server.actions:
+                self._answer(ok=await self._server.actions[name](**args))
             elif name in memory_calls.CALLS:
                 done = memory_calls.CALLS[name](self._server.stack, **args)
                 self._answer(ok=await done if isawaitable(done) else done)
             else:
-                known = ", ".join(sorted((*self._server.calls, *_STREAMING, *memory_calls.CALLS)))
+                known = ", ".join(sorted((*self._server.calls, *self._server.actions, *_STREAMING, *memory_calls.CALLS)))
                 raise OSError(errno.ENOSYS, f"no call {name!r}; there are {known}")
         except OSError as error:
             self._answer(error=error)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Final
 from pools.arena import PAGE_SIZE
 from ustack.daemon import reports
 from ustack.daemon.attachment import Attachment
-from ustack.daemon.config import Config, load
+from ustack.daemon.config import Config, Disks, load
 from ustack.daemon.control import ControlServer
 from ustack.daemon.link import bring_up, exists
 from ustack.daemon.notify import notify
 from ustack.daemon.paths import default_control_path
-from ustack.daemon.sections import ConfigError
+from ustack.daemon.sections import ConfigError, validate
 from ustack.daemon.services import Services
 from ustack.link.tap import TapDevice
 from ustack.stack import Stack
@@ -67,7 +67,7 @@ class Daemon:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         async with self._stack:
-            control = ControlServer(self._stack, self.status)
+            control = ControlServer(self._stack, self.status, {"attach": self.attach, "detach": self.detach})
             try:
                 await self._serve(control)
             finally:
@@ -161,6 +161,36 @@ class Daemon:
             if nbd.name not in self._attachments:
                 self._attachments[nbd.name] = Attachment(self._stack, nbd, self._say_status)
 
+    async def attach(self, **disk: Any) -> dict[str, Any]:
+        """The call `attach`: what a section [[nbd]] may say, until the daemon stops or is told to `detach`. Answers with its
+        report when the disk is there. Raises OSError."""
+        try:
+            nbd = validate({"nbd": [disk]}, "attach", Disks).nbd[0]
+        except ConfigError as error:
+            raise OSError(errno.EINVAL, "; ".join(error.problems)) from None
+        if nbd.name in self._attachments:
+            raise OSError(errno.EEXIST, f"there is an attached disk named {nbd.name!r} already")
+        self._attachments[nbd.name] = attachment = Attachment(self._stack, nbd, self._say_status)
+        try:
+            await asyncio.shield(attachment.first)
+        except BaseException:
+            await self._attachments.pop(nbd.name).close()
+            self._say_status()
+            raise
+        return attachment.report()
+
+    async def detach(self, name: str) -> dict[str, Any]:
+        """The call `detach`: let go of the disk of this name, and answer with the last report of it. Raises OSError ENOENT."""
+        if name not in self._attachments:
+            known = ", ".join(self._attachments) or "none"
+            raise OSError(errno.ENOENT, f"no attached disk is named {name!r}; there is {known}")
+        attachment = self._attachments.pop(name)
+        report = attachment.report()
+        await attachment.close()
+        self._say_status()
+        log.info("nbd %s: detached", name)
+        return report
+
     # -- reload --
 
     def _reload_soon(self) -> None:
@@ -203,7 +233,8 @@ class Daemon:
         await self._services.set(**new.service.model_dump())
         for nbd in old.nbd:
             if nbd not in new.nbd:
-                await self._attachments.pop(nbd.name).close()
+                if nbd.name in self._attachments:
+                    await self._attachments.pop(nbd.name).close()
         self._attach()
 
     def _remove_route(self, route: Route) -> None:

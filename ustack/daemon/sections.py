@@ -64,6 +64,11 @@ def parse_toml(text: str, origin: str, model: type[SectionT]) -> SectionT:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"{origin}: not TOML: {error}"]) from None
+    return validate(raw, origin, model)
+
+
+def validate(raw: dict[str, Any], origin: str, model: type[SectionT]) -> SectionT:
+    """What a TOML file says, as a `model`; `origin` names the file in messages. Raises ConfigError."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:

@@ -62,22 +62,19 @@ class RemoteExport(Export):
     __slots__ = ("_disk",)
 
     def __init__(self, disk: NbdClient, name: str | None = None, *, read_only: bool = False) -> None:
-        flags = _OUR_OWN | (disk.info.flags & _PASSED_ON)
-        if read_only:
-            flags = (flags & ~_WRITES) | NBD_FLAG_READ_ONLY
-        super().__init__(
-            ExportInfo(
-                disk.name if name is None else name,
-                disk.size,
-                flags,
-                disk.description,
-                minimum_block=disk.minimum_block,
-                preferred_block=disk.preferred_block,
-                maximum_payload=disk.maximum_payload,
-            ),
-            (),
-        )
+        super().__init__(_info_of(disk, disk.name if name is None else name, read_only), ())
+        self._disk: NbdClient | None = disk
+
+    def lose(self) -> None:
+        """There is no disk for now: commands are answered with ESHUTDOWN."""
+        self._disk = None
+
+    def go_on_with(self, disk: NbdClient) -> bool:
+        """Use this disk from now on, if it is what clients were told; tells whether it is."""
+        if _info_of(disk, self.info.name, self.info.read_only) != self.info:
+            return False
         self._disk = disk
+        return True
 
     def destination(self, offset: int, length: int) -> memoryview:
         """A buffer of its own for each write, which is sent from there."""
@@ -95,32 +92,53 @@ class RemoteExport(Export):
         """Nothing: the disk is the caller's."""
 
     async def _forward(self, command: Command, answers: Answers) -> None:
+        disk = self._disk
         try:
+            if disk is None:
+                raise OSError(errno.ESHUTDOWN, "the disk is lost")
             if command.command == NBD_CMD_READ:
                 data = bytearray(command.length)
-                await self._disk.pread_into(data, command.offset)
+                await disk.pread_into(data, command.offset)
                 answers.read(command, ((command.length, data),))
                 return
-            await self._change(command)
+            await _change(disk, command)
         except OSError as error:
             answers.failed(command, _seen_from_here(error))
         else:
             answers.done(command)
 
-    async def _change(self, command: Command) -> None:
-        disk, kind, flags, offset, length = self._disk, command.command, command.flags, command.offset, command.length
-        fua = bool(flags & NBD_CMD_FLAG_FUA)
-        if kind == NBD_CMD_WRITE:
-            assert command.payload is not None
-            await disk.pwrite(command.payload, offset, fua=fua)
-        elif kind == NBD_CMD_FLUSH:
-            await disk.flush()
-        elif kind == NBD_CMD_TRIM:
-            await disk.trim(length, offset, fua=fua)
-        elif kind == NBD_CMD_WRITE_ZEROES:
-            await disk.zero(length, offset, fua=fua, no_hole=bool(flags & NBD_CMD_FLAG_NO_HOLE))
-        elif kind == NBD_CMD_CACHE:
-            await disk.cache(length, offset)
+
+async def _change(disk: NbdClient, command: Command) -> None:
+    """Everything but reading."""
+    kind, flags, offset, length = command.command, command.flags, command.offset, command.length
+    fua = bool(flags & NBD_CMD_FLAG_FUA)
+    if kind == NBD_CMD_WRITE:
+        assert command.payload is not None
+        await disk.pwrite(command.payload, offset, fua=fua)
+    elif kind == NBD_CMD_FLUSH:
+        await disk.flush()
+    elif kind == NBD_CMD_TRIM:
+        await disk.trim(length, offset, fua=fua)
+    elif kind == NBD_CMD_WRITE_ZEROES:
+        await disk.zero(length, offset, fua=fua, no_hole=bool(flags & NBD_CMD_FLAG_NO_HOLE))
+    elif kind == NBD_CMD_CACHE:
+        await disk.cache(length, offset)
+
+
+def _info_of(disk: NbdClient, name: str, read_only: bool) -> ExportInfo:
+    """What clients are told of a disk."""
+    flags = _OUR_OWN | (disk.info.flags & _PASSED_ON)
+    if read_only:
+        flags = (flags & ~_WRITES) | NBD_FLAG_READ_ONLY
+    return ExportInfo(
+        name,
+        disk.size,
+        flags,
+        disk.description,
+        minimum_block=disk.minimum_block,
+        preferred_block=disk.preferred_block,
+        maximum_payload=disk.maximum_payload,
+    )
 
 
 def _seen_from_here(error: OSError) -> OSError:

@@ -65,6 +65,11 @@ class NbdServer:
         self._unix_paths: list[str] = []
         self._connections: set[ServerConnection] = set()
 
+    @property
+    def clients(self) -> int:
+        """Clients that are connected."""
+        return len(self._connections)
+
     async def listen_tcp(self, host: str = "127.0.0.1", port: int = 0) -> int:
         """Listen on a TCP address; returns the port, which the kernel chooses for 0. Raises OSError."""
         server = await asyncio.get_running_loop().create_server(self.protocol, host, port)
