@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from typing import TYPE_CHECKING, NoReturn
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-if TYPE_CHECKING:
-    from pathlib import Path
+BACKPORTS_QEMU = Path(__file__).parents[1] / "build/backports/usr/bin/qemu-nbd"
+"""Where `tools/install-system-packages` unpacks a newer qemu-nbd when the system's is old."""
 
 
 def require_tool(name: str) -> str:
@@ -37,6 +41,19 @@ def require_path(path: Path, hint: str) -> Path:
     if not path.exists():
         _missing(f"no {path}: {hint}")
     return path
+
+
+@cache
+def extended_qemu_nbd() -> str:
+    """A qemu-nbd that speaks extended headers, which version 8.2 was the first to do. It is skipped where there is none: the
+    mirror may have no backports."""
+    for program in (shutil.which("qemu-nbd"), str(BACKPORTS_QEMU)):
+        if program is not None and Path(program).exists():
+            said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+            version = re.search(r"qemu-nbd (\d+)\.(\d+)", said)
+            if version is not None and (int(version[1]), int(version[2])) >= (8, 2):
+                return program
+    pytest.skip("no qemu-nbd of version 8.2 or newer: run tools/install-system-packages")
 
 
 def _missing(reason: str) -> NoReturn:

@@ -14,12 +14,14 @@ from ustack.nbd.export_info import ExportInfo
 from ustack.nbd.handshake import (
     Aborted,
     ClientHandshake,
+    ContextsListed,
     Event,
     ExportDescribed,
     ExportListed,
     Negotiated,
     OptionRefused,
     Purpose,
+    Wishes,
 )
 
 GIB = 1 << 30
@@ -36,8 +38,12 @@ def test_each_step_sends_exactly_what_the_specification_says() -> None:
     handshake = ClientHandshake("disk")
     assert handshake.data_to_send() == b""
     assert handshake.receive_data(wire.GREETING) == []
-    assert handshake.data_to_send() == b"\0\0\0\x03" + wire.option(wire.STRUCTURED)
+    assert handshake.data_to_send() == b"\0\0\0\x03" + wire.option(wire.EXTENDED)
+    handshake.receive_data(wire.reply(wire.EXTENDED, wire.UNSUP))
+    assert handshake.data_to_send() == wire.option(wire.STRUCTURED)
     assert handshake.receive_data(wire.reply(wire.STRUCTURED, wire.ACK)) == []
+    assert handshake.data_to_send() == wire.option(wire.SET_CONTEXTS, wire.contexts_data("disk", "base:allocation"))
+    assert handshake.receive_data(wire.reply(wire.SET_CONTEXTS, wire.ACK)) == []
     assert handshake.data_to_send() == wire.option(wire.GO, wire.info_data("disk", 1, 2, 3))
     handshake.receive_data(wire.info_export(wire.GO, GIB))
     assert handshake.data_to_send() == b""
@@ -49,7 +55,7 @@ def test_all_that_the_server_tells_about_the_export_is_kept_and_unknown_infos_ar
     info = negotiated(
         ClientHandshake("x"),
         wire.GREETING
-        + wire.reply(wire.STRUCTURED, wire.ACK)
+        + wire.chunks_offered()
         + wire.reply(wire.GO, wire.REP_INFO, b"\0\x01the real name")
         + wire.reply(wire.GO, wire.REP_INFO, b"\0\x02a description\x1b[31m")
         + wire.reply(wire.GO, wire.REP_INFO, b"\x12\x34whatever")
@@ -79,9 +85,8 @@ def test_block_sizes_that_no_request_could_keep_are_a_protocol_error(blocks: tup
 
 def test_structured_replies_are_done_without_when_the_server_has_none() -> None:
     handshake = ClientHandshake()
-    refused, last = handshake.receive_data(wire.negotiation(GIB, structured=False))
-    assert isinstance(refused, OptionRefused)
-    assert refused.error.reply == wire.UNSUP
+    *refused, last = handshake.receive_data(wire.negotiation(GIB, structured=False))
+    assert [event.error.reply for event in refused if isinstance(event, OptionRefused)] == [wire.UNSUP, wire.UNSUP]
     assert isinstance(last, Negotiated)
     assert not last.structured_replies
 
@@ -90,7 +95,7 @@ def test_structured_replies_are_done_without_when_the_server_has_none() -> None:
 def test_a_server_that_does_not_know_go_is_asked_with_export_name(zeroes: bool) -> None:
     handshake = ClientHandshake("old")
     greeting = b"NBDMAGICIHAVEOPT" + (b"\0\x01" if zeroes else b"\0\x03")
-    handshake.receive_data(greeting + wire.reply(wire.STRUCTURED, wire.UNSUP) + wire.reply(wire.GO, wire.UNSUP, b"what?"))
+    handshake.receive_data(greeting + wire.chunks_offered(structured=False) + wire.reply(wire.GO, wire.UNSUP, b"what?"))
     assert handshake.data_to_send().endswith(wire.option(wire.EXPORT_NAME, b"old"))
     answer = GIB.to_bytes(8, "big") + b"\0\x01" + (bytes(124) if zeroes else b"")
     assert handshake.receive_data(answer[:-1]) == []
@@ -119,7 +124,7 @@ def test_a_server_of_plain_newstyle_gets_export_name_and_nothing_else() -> None:
 )
 def test_any_other_refusal_of_go_is_final_keeps_its_text_and_ends_politely(code: int, number: int) -> None:
     handshake = ClientHandshake("disk")
-    handshake.receive_data(wire.GREETING + wire.reply(wire.STRUCTURED, wire.ACK))
+    handshake.receive_data(wire.GREETING + wire.chunks_offered())
     handshake.data_to_send()
     with pytest.raises(NbdOptionError, match=r"NBD_OPT_GO.*because I say so") as caught:
         handshake.receive_data(wire.reply(wire.GO, code, b"because I say so"))
@@ -131,18 +136,20 @@ def test_any_other_refusal_of_go_is_final_keeps_its_text_and_ends_politely(code:
 def test_a_refusal_that_leaves_no_hope_is_final_even_for_an_optional_option(code: int) -> None:
     handshake = ClientHandshake()
     with pytest.raises(NbdOptionError):
-        handshake.receive_data(wire.GREETING + wire.reply(wire.STRUCTURED, code))
+        handshake.receive_data(wire.GREETING + wire.reply(wire.EXTENDED, code))
     assert handshake.data_to_send().endswith(wire.option(wire.ABORT))
 
 
 LISTING = (
     wire.GREETING
-    + wire.reply(wire.STRUCTURED, wire.ACK)
+    + wire.chunks_without_contexts()
     + wire.reply(wire.LIST, wire.SERVER, b"\0\0\0\x01afirst")
     + wire.reply(wire.LIST, wire.SERVER, b"\0\0\0\x01b")
     + wire.reply(wire.LIST, wire.ACK)
     + wire.info_export(wire.INFO, GIB)
     + wire.reply(wire.INFO, wire.ACK)
+    + wire.context(wire.LIST_CONTEXTS, 0, "base:allocation")
+    + wire.reply(wire.LIST_CONTEXTS, wire.ACK)
     + wire.reply(wire.INFO, wire.POLICY)
 )
 
@@ -151,20 +158,23 @@ LISTING = (
 def test_a_list_names_the_exports_and_describes_those_that_it_can(cuts: list[int]) -> None:
     handshake = ClientHandshake(purpose=Purpose.LIST)
     events: list[Event] = [event for piece in wire.pieces(LISTING, cuts) for event in handshake.receive_data(piece)]
-    assert events[:3] == [
+    assert isinstance(events.pop(0), OptionRefused)
+    assert events[:4] == [
         ExportListed("a", "first"),
         ExportListed("b", ""),
         ExportDescribed(ExportInfo("a", GIB, wire.ALL_FLAGS)),
+        ContextsListed("a", ("base:allocation",)),
     ]
-    assert isinstance(events[3], OptionRefused)
-    assert events[4] == Aborted()
+    assert isinstance(events[4], OptionRefused)
+    assert events[5] == Aborted()
     assert handshake.data_to_send().endswith(wire.option(wire.INFO, wire.info_data("b", 1, 2, 3)) + wire.option(wire.ABORT))
 
 
 def test_info_asks_and_leaves() -> None:
     handshake = ClientHandshake("a", Purpose.INFO)
-    answers = wire.reply(wire.STRUCTURED, wire.ACK) + wire.info_export(wire.INFO, 5) + wire.reply(wire.INFO, wire.ACK)
-    assert handshake.receive_data(wire.GREETING + answers) == [ExportDescribed(ExportInfo("a", 5, wire.ALL_FLAGS)), Aborted()]
+    answers = wire.chunks_without_contexts() + wire.info_export(wire.INFO, 5) + wire.reply(wire.INFO, wire.ACK)
+    events = handshake.receive_data(wire.GREETING + answers + wire.reply(wire.LIST_CONTEXTS, wire.ACK))
+    assert events[1:] == [ExportDescribed(ExportInfo("a", 5, wire.ALL_FLAGS)), ContextsListed("a", ()), Aborted()]
 
 
 BROKEN = {
@@ -173,21 +183,24 @@ BROKEN = {
     "unknown style of": b"NBDMAGIC" + b"IHAVEOPX" + b"\0\3",
     "option reply magic is": wire.GREETING + bytes(20),
     "reply to option 3 while": wire.GREETING + wire.reply(wire.LIST, wire.ACK),
-    "longest allowed": wire.GREETING + bytes.fromhex("0003e889045565a9") + b"\0\0\0\x08\0\0\0\x01\xff\xff\xff\xff",
-    "carries 1 bytes": wire.GREETING + wire.reply(wire.STRUCTURED, wire.ACK, b"!"),
-    "unexpected reply type": wire.GREETING + wire.reply(wire.STRUCTURED, wire.SERVER),
-    "without NBD_INFO_EXPORT": wire.GREETING + wire.reply(wire.STRUCTURED, wire.ACK) + wire.reply(wire.GO, wire.ACK),
-    "NBD_INFO_EXPORT of 5": wire.GREETING
-    + wire.reply(wire.STRUCTURED, wire.ACK)
-    + wire.reply(wire.GO, wire.REP_INFO, b"\0\0abc"),
-    "NBD_REP_INFO of 1": wire.GREETING + wire.reply(wire.STRUCTURED, wire.ACK) + wire.reply(wire.GO, wire.REP_INFO, b"\0"),
+    "longest allowed": wire.GREETING + bytes.fromhex("0003e889045565a9") + b"\0\0\0\x0b\0\0\0\x01\xff\xff\xff\xff",
+    "carries 1 bytes": wire.GREETING + wire.reply(wire.EXTENDED, wire.ACK, b"!"),
+    "unexpected reply type": wire.GREETING + wire.reply(wire.EXTENDED, wire.SERVER),
+    "without NBD_INFO_EXPORT": wire.GREETING + wire.chunks_offered() + wire.reply(wire.GO, wire.ACK),
+    "NBD_INFO_EXPORT of 5": wire.GREETING + wire.chunks_offered() + wire.reply(wire.GO, wire.REP_INFO, b"\0\0abc"),
+    "NBD_REP_INFO of 1": wire.GREETING + wire.chunks_offered() + wire.reply(wire.GO, wire.REP_INFO, b"\0"),
     "does not fit 63 bits": wire.negotiation(1 << 63),
-    "not UTF-8": wire.GREETING + wire.reply(wire.STRUCTURED, wire.ACK) + wire.reply(wire.GO, wire.REP_INFO, b"\0\x01\xff"),
-    "contains NUL": wire.GREETING + wire.reply(wire.STRUCTURED, wire.ACK) + wire.reply(wire.GO, wire.REP_INFO, b"\0\x01a\0b"),
-    "a string has at most": wire.GREETING
-    + wire.reply(wire.STRUCTURED, wire.ACK)
-    + wire.reply(wire.GO, wire.REP_INFO, b"\0\x01" + b"a" * 4097),
-    "more than 64 replies": wire.GREETING + wire.reply(wire.STRUCTURED, wire.ACK) + wire.info_export(wire.GO, 1) * 65,
+    "not UTF-8": wire.GREETING + wire.chunks_offered() + wire.reply(wire.GO, wire.REP_INFO, b"\0\x01\xff"),
+    "contains NUL": wire.GREETING + wire.chunks_offered() + wire.reply(wire.GO, wire.REP_INFO, b"\0\x01a\0b"),
+    "a string has at most": wire.GREETING + wire.chunks_offered() + wire.reply(wire.GO, wire.REP_INFO, b"\0\x01" + b"a" * 4097),
+    "more than 64 replies": wire.GREETING + wire.chunks_offered() + wire.info_export(wire.GO, 1) * 65,
+    "NBD_REP_META_CONTEXT of 4": wire.GREETING
+    + wire.chunks_without_contexts()
+    + wire.reply(wire.SET_CONTEXTS, wire.CONTEXT, bytes(4)),
+    "context 'b' or its number 7 was given twice": wire.GREETING + wire.chunks_offered(contexts={"a": 7, "b": 7}),
+    "64 replies to NBD_OPT_SET_META_CONTEXT": wire.GREETING
+    + wire.chunks_without_contexts()
+    + b"".join(wire.context(wire.SET_CONTEXTS, n, f"x:{n}") for n in range(65)),
     "before it was asked": wire.negotiation(GIB) + b"?",
 }
 
@@ -201,7 +214,7 @@ def test_a_server_that_breaks_the_protocol_is_told_apart_by_the_message(complain
 
 def test_a_list_without_end_is_cut_off() -> None:
     handshake = ClientHandshake(purpose=Purpose.LIST)
-    handshake.receive_data(wire.GREETING + wire.reply(wire.STRUCTURED, wire.ACK))
+    handshake.receive_data(wire.GREETING + wire.chunks_without_contexts())
     entries = wire.reply(wire.LIST, wire.SERVER, b"\0\0\0\x01a") * 1000
     for _ in range(10):
         handshake.receive_data(entries)
@@ -213,7 +226,7 @@ def test_a_list_entry_shorter_than_its_name_is_a_protocol_error() -> None:
     handshake = ClientHandshake(purpose=Purpose.LIST)
     entry = wire.reply(wire.LIST, wire.SERVER, b"\0\0\0\x09abc")
     with pytest.raises(NbdProtocolError, match="shorter than the name"):
-        handshake.receive_data(wire.GREETING + wire.reply(wire.STRUCTURED, wire.ACK) + entry)
+        handshake.receive_data(wire.GREETING + wire.chunks_without_contexts() + entry)
 
 
 @pytest.mark.parametrize("name", ["a" * 4097, "ä" * 2049, "a\0b"])
@@ -232,6 +245,7 @@ def test_the_end_of_the_stream_says_what_was_awaited() -> None:
 
 SESSION = (
     wire.GREETING
+    + wire.reply(wire.EXTENDED, wire.UNSUP, b"never heard")
     + wire.reply(wire.STRUCTURED, wire.UNSUP, b"no")
     + wire.info_blocks(wire.GO, 1, 4096, 1 << 20)
     + wire.info_export(wire.GO, GIB)
@@ -243,7 +257,7 @@ SESSION = (
 @given(st.lists(st.integers(1, len(SESSION)), max_size=30))
 def test_it_does_not_matter_in_what_pieces_the_stream_arrives(cuts: list[int]) -> None:
     handshake = ClientHandshake("disk")
-    refused, last = [event for piece in wire.pieces(SESSION, cuts) for event in handshake.receive_data(piece)]
+    refused, _, last = [event for piece in wire.pieces(SESSION, cuts) for event in handshake.receive_data(piece)]
     assert isinstance(refused, OptionRefused)
     assert last == Negotiated(
         ExportInfo("disk", GIB, wire.ALL_FLAGS, "disk", None, 1, 4096, 1 << 20, True), structured_replies=False
@@ -270,3 +284,46 @@ def test_a_mutated_stream_gives_a_clean_error_or_another_valid_negotiation(
     except (NbdProtocolError, NbdOptionError):
         with pytest.raises(NbdProtocolError):
             handshake.receive_data(b"more")
+
+
+def test_with_extended_headers_nobody_asks_for_structured_replies_and_contexts_have_numbers() -> None:
+    handshake = ClientHandshake("disk", wishes=Wishes(meta_contexts=("base:allocation", "qemu:dirty-bitmap:b")))
+    contexts = {"base:allocation": 3, "qemu:dirty-bitmap:b": 0}
+    last = handshake.receive_data(wire.negotiation(GIB, extended=True, contexts=contexts))[-1]
+    assert last == Negotiated(ExportInfo("disk", GIB, wire.ALL_FLAGS), True, True, contexts)
+    asked = wire.contexts_data("disk", "base:allocation", "qemu:dirty-bitmap:b")
+    assert handshake.data_to_send().startswith(
+        b"\0\0\0\x03" + wire.option(wire.EXTENDED) + wire.option(wire.SET_CONTEXTS, asked)
+    )
+
+
+def test_after_extended_headers_there_is_no_way_back_to_export_name() -> None:
+    handshake = ClientHandshake("disk")
+    handshake.receive_data(wire.GREETING + wire.chunks_offered(extended=True))
+    with pytest.raises(NbdOptionError, match="NBD_OPT_GO refused"):
+        handshake.receive_data(wire.reply(wire.GO, wire.UNSUP))
+
+
+@pytest.mark.parametrize(
+    ("wishes", "asked"),
+    [
+        (Wishes(structured_replies=False), [wire.GO]),
+        (Wishes(extended_headers=False), [wire.STRUCTURED, wire.SET_CONTEXTS, wire.GO]),
+        (Wishes(extended_headers=False, meta_contexts=()), [wire.STRUCTURED, wire.GO]),
+    ],
+)
+def test_what_is_not_wished_for_is_not_asked_for(wishes: Wishes, asked: list[int]) -> None:
+    handshake = ClientHandshake(wishes=wishes)
+    handshake.receive_data(wire.GREETING)
+    options = []
+    for option in asked:
+        options.append(int.from_bytes(handshake.data_to_send()[-4096:].rpartition(b"IHAVEOPT")[2][:4], "big"))
+        handshake.receive_data(wire.reply(option, wire.ACK) if option != wire.GO else b"")
+    assert options == asked
+
+
+def test_contexts_that_are_refused_are_done_without() -> None:
+    handshake = ClientHandshake()
+    stream = wire.GREETING + wire.chunks_without_contexts() + wire.reply(wire.SET_CONTEXTS, wire.POLICY, b"no")
+    assert negotiated(handshake, stream + wire.info_export(wire.GO, GIB) + wire.reply(wire.GO, wire.ACK)).size == GIB
+    assert handshake.contexts == {}

@@ -20,8 +20,8 @@ from ustack.link.simwire import Impairments, SimDevice, SimWire
 from ustack.nbd.call import Call
 from ustack.nbd.client import NbdClient
 from ustack.nbd.export import FileExport, MemoryExport
+from ustack.nbd.reconnection import MAX_FRUITLESS
 from ustack.nbd.server import NbdServer
-from ustack.nbd.session import MAX_FRUITLESS
 from ustack.nbd.unflushed import UnflushedWrites
 from ustack.nbd.write_order import WriteOrder
 from ustack.stack import Stack
@@ -172,11 +172,11 @@ async def acts(*scripts: list[bytes | int]) -> AsyncIterator[tuple[Connector, li
         await server.wait_closed()
 
 
-GO_REQUEST = 4 + 16 + len(wire.option(wire.GO, wire.info_data("", 1, 2, 3)))
+GO_REQUEST = len(wire.asked())
 
 
 def opening(size: int = MIB, flags: int = wire.ALL_FLAGS) -> list[bytes | int]:
-    return [wire.GREETING, GO_REQUEST - 36, wire.negotiation(size, flags)[18:], 36]
+    return [wire.GREETING, 20, wire.negotiation(size, flags)[18:], GO_REQUEST - 20]
 
 
 async def test_unanswered_requests_are_sent_again_in_their_order_and_answered_ones_are_not() -> None:
@@ -236,7 +236,7 @@ async def test_a_server_that_lost_its_cache_is_noticed_and_said_once() -> None:
         (opening(2 * MIB), "size was 1048576 and is 2097152"),
         (opening(flags=wire.ALL_FLAGS & ~wire.FLUSH), "flags was"),
         (
-            [wire.GREETING, GO_REQUEST - 36, wire.negotiation(MIB, blocks=(512, 4096, 1 << 20))[18:], 36],
+            [wire.GREETING, 20, wire.negotiation(MIB, blocks=(512, 4096, 1 << 20))[18:], GO_REQUEST - 20],
             "minimum_block was 1 and is 512",
         ),
     ],

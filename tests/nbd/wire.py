@@ -7,10 +7,10 @@ import struct
 GREETING = b"NBDMAGIC" + b"IHAVEOPT" + b"\x00\x03"
 HAS_FLAGS, READ_ONLY, FLUSH, FUA, TRIM, ZEROES, DF, MULTI, CACHE = 1, 2, 4, 8, 32, 64, 128, 256, 1024
 ALL_FLAGS = HAS_FLAGS | FLUSH | FUA | TRIM | ZEROES | DF | MULTI | CACHE
-EXPORT_NAME, ABORT, LIST, INFO, GO, STRUCTURED = 1, 2, 3, 6, 7, 8
-ACK, SERVER, REP_INFO = 1, 2, 3
+EXPORT_NAME, ABORT, LIST, INFO, GO, STRUCTURED, LIST_CONTEXTS, SET_CONTEXTS, EXTENDED = 1, 2, 3, 6, 7, 8, 9, 10, 11
+ACK, SERVER, REP_INFO, CONTEXT = 1, 2, 3, 4
 UNSUP, POLICY, INVALID, PLATFORM, TLS_REQD, UNKNOWN, SHUTDOWN, BLOCK_SIZE_REQD, TOO_BIG = (2**31 + n for n in range(1, 10))
-READ, WRITE, DISC, CMD_FLUSH, CMD_TRIM, CMD_CACHE, WRITE_ZEROES = range(7)
+READ, WRITE, DISC, CMD_FLUSH, CMD_TRIM, CMD_CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 DONE = 1
 
 
@@ -23,6 +23,17 @@ def info_data(name: str, *wanted: int) -> bytes:
     """The data of NBD_OPT_INFO and NBD_OPT_GO."""
     encoded = name.encode()
     return struct.pack(f">I{len(encoded)}sH{len(wanted)}H", len(encoded), encoded, len(wanted), *wanted)
+
+
+def contexts_data(name: str, *queries: str) -> bytes:
+    """The data of NBD_OPT_SET_META_CONTEXT and NBD_OPT_LIST_META_CONTEXT."""
+    pieces = [struct.pack(">I", len(each.encode())) + each.encode() for each in (name, *queries)]
+    return pieces[0] + struct.pack(">I", len(queries)) + b"".join(pieces[1:])
+
+
+def context(number: int, ident: int, name: str) -> bytes:
+    """S: NBD_REP_META_CONTEXT to option `number`."""
+    return reply(number, CONTEXT, struct.pack(">I", ident) + name.encode())
 
 
 def reply(number: int, kind: int, data: bytes = b"") -> bytes:
@@ -40,13 +51,44 @@ def info_blocks(number: int, minimum: int, preferred: int, maximum: int) -> byte
     return reply(number, REP_INFO, struct.pack(">HIII", 3, minimum, preferred, maximum))
 
 
+def chunks_offered(*, structured: bool = True, extended: bool = False, contexts: dict[str, int] | None = None) -> bytes:
+    """S: the answers to what comes before NBD_OPT_GO: extended headers, structured replies, metadata contexts."""
+    answers = reply(EXTENDED, ACK) if extended else reply(EXTENDED, UNSUP) + reply(STRUCTURED, ACK if structured else UNSUP)
+    if structured or extended:
+        answers += b"".join(context(SET_CONTEXTS, ident, name) for name, ident in (contexts or {}).items())
+        answers += reply(SET_CONTEXTS, ACK)
+    return answers
+
+
+def chunks_without_contexts() -> bytes:
+    """S: the answers to extended headers, which it has not, and structured replies, which it has."""
+    return reply(EXTENDED, UNSUP) + reply(STRUCTURED, ACK)
+
+
+def asked(name: str = "", *, extended: bool = False, structured: bool = True) -> bytes:
+    """C: everything from the flags to NBD_OPT_GO."""
+    return (
+        b"\0\0\0\x03"
+        + option(EXTENDED)
+        + (b"" if extended else option(STRUCTURED))
+        + (option(SET_CONTEXTS, contexts_data(name, "base:allocation")) if structured or extended else b"")
+        + option(GO, info_data(name, 1, 2, 3))
+    )
+
+
 def negotiation(
-    size: int, flags: int = ALL_FLAGS, *, structured: bool = True, blocks: tuple[int, int, int] | None = None
+    size: int,
+    flags: int = ALL_FLAGS,
+    *,
+    structured: bool = True,
+    blocks: tuple[int, int, int] | None = None,
+    extended: bool = False,
+    contexts: dict[str, int] | None = None,
 ) -> bytes:
     """S: everything from the greeting to the end of NBD_OPT_GO."""
     return (
         GREETING
-        + reply(STRUCTURED, ACK if structured else UNSUP)
+        + chunks_offered(structured=structured, extended=extended, contexts=contexts)
         + info_export(GO, size, flags)
         + (info_blocks(GO, *blocks) if blocks else b"")
         + reply(GO, ACK)
@@ -95,3 +137,25 @@ def pieces(stream: bytes, cuts: list[int]) -> list[bytes]:
     """`stream` cut at these places."""
     places = sorted({cut for cut in cuts if 0 < cut < len(stream)})
     return [stream[a:b] for a, b in zip([0, *places], [*places, len(stream)], strict=True)]
+
+
+def extended_request(
+    command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0, payload: bytes = b""
+) -> bytes:
+    """C: a request with an extended header."""
+    return bytes.fromhex("21e41c71") + struct.pack(">HHQQQ", flags, command, cookie, offset, length) + payload
+
+
+def extended_chunk(kind: int, cookie: int, offset: int, payload: bytes = b"", flags: int = DONE) -> bytes:
+    """S: a chunk with an extended header; `offset` is the request's."""
+    return bytes.fromhex("6e8a278c") + struct.pack(">HHQQQ", flags, kind, cookie, offset, len(payload)) + payload
+
+
+def status_payload(ident: int, *extents: tuple[int, int]) -> bytes:
+    """The payload of NBD_REPLY_TYPE_BLOCK_STATUS."""
+    return struct.pack(">I", ident) + b"".join(struct.pack(">II", *each) for each in extents)
+
+
+def wide_status_payload(ident: int, *extents: tuple[int, int]) -> bytes:
+    """The payload of NBD_REPLY_TYPE_BLOCK_STATUS_EXT."""
+    return struct.pack(">II", ident, len(extents)) + b"".join(struct.pack(">QQ", *each) for each in extents)

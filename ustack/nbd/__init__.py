@@ -6,10 +6,22 @@ https://github.com/NetworkBlockDevice/nbd/tree/master/doc
 
 from __future__ import annotations
 
+from ustack.nbd.block_status import Extent
 from ustack.nbd.client import NbdClient
 from ustack.nbd.connector import ExportEntry, connect, list_exports
-from ustack.nbd.errors import NbdOptionError, NbdProtocolError
+from ustack.nbd.errors import NbdOptionError, NbdProtocolError, NbdReadError
 from ustack.nbd.export_info import ExportInfo
 from ustack.nbd.uri import NbdUri
 
-__all__ = ["ExportEntry", "ExportInfo", "NbdClient", "NbdOptionError", "NbdProtocolError", "NbdUri", "connect", "list_exports"]
+__all__ = [
+    "ExportEntry",
+    "ExportInfo",
+    "Extent",
+    "NbdClient",
+    "NbdOptionError",
+    "NbdProtocolError",
+    "NbdReadError",
+    "NbdUri",
+    "connect",
+    "list_exports",
+]

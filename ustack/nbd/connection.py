@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias
 from ustack.nbd.constants import MAX_STRING, NBD_ESHUTDOWN
 from ustack.nbd.errors import NbdProtocolError
 from ustack.nbd.export_info import ExportInfo
-from ustack.nbd.handshake import Aborted, ClientHandshake, Event, Negotiated, Purpose, TlsBegins
+from ustack.nbd.handshake import Aborted, ClientHandshake, Event, Negotiated, Purpose, TlsBegins, Wishes
 from ustack.nbd.tls import TlsSettings, TlsTransport
 from ustack.nbd.transmission import ClientTransmission
 
@@ -39,6 +39,8 @@ KEEPALIVE_INTERVAL: Final = 5
 """Seconds between two such questions."""
 KEEPALIVE_PROBES: Final = 4
 """Questions without an answer that end the connection: a dead peer is noticed within 30 s even when nothing is in flight."""
+
+EVERYTHING: Final = Wishes()
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 ProtocolFactory: TypeAlias = Callable[[], asyncio.BufferedProtocol]
@@ -81,11 +83,14 @@ class Connection(asyncio.BufferedProtocol):
         purpose: Purpose = Purpose.GO,
         request_timeout: float | None = REQUEST_TIMEOUT,
         tls: TlsSettings | None = None,
+        wishes: Wishes = EVERYTHING,
     ) -> None:
         """While requests wait, something must be answered every `request_timeout` seconds (None: whenever the server likes), or
         the connection is given up. With `tls` there is TLS or no connection. ValueError for an impossible name."""
         self.info = ExportInfo(export, 0)
         self.structured_replies = False
+        self.extended_headers = False
+        self.contexts: frozenset[str] = frozenset()
         self.negotiation: list[Event] = []
         self.paused = False
         """The transport has enough to send."""
@@ -93,7 +98,7 @@ class Connection(asyncio.BufferedProtocol):
         """Requests that took longer than the request timeout while the server was alive."""
         self._loop = asyncio.get_running_loop()
         self._owner = owner
-        self._handshake = ClientHandshake(export, purpose, tls=tls is not None)
+        self._handshake = ClientHandshake(export, purpose, tls=tls is not None, wishes=wishes)
         self._tls_settings = tls
         self._tls: TlsTransport | None = None
         self._negotiated: asyncio.Future[None] = self._loop.create_future()
@@ -126,6 +131,7 @@ class Connection(asyncio.BufferedProtocol):
         purpose: Purpose = Purpose.GO,
         request_timeout: float | None = REQUEST_TIMEOUT,
         tls: TlsSettings | None = None,
+        wishes: Wishes = EVERYTHING,
     ) -> Self:
         """Connect with `connector`, negotiate, and return the connection ready for use.
 
@@ -133,7 +139,7 @@ class Connection(asyncio.BufferedProtocol):
         server refuses the export, NbdProtocolError when it is no proper NBD server, TimeoutError (ETIMEDOUT) after
         `connect_timeout` seconds.
         """
-        connection = cls(export, owner=owner, purpose=purpose, request_timeout=request_timeout, tls=tls)
+        connection = cls(export, owner=owner, purpose=purpose, request_timeout=request_timeout, tls=tls, wishes=wishes)
         deadline = asyncio.timeout(connect_timeout)
         try:
             async with deadline:
@@ -411,11 +417,12 @@ class Connection(asyncio.BufferedProtocol):
         out = self._handshake.data_to_send()
         if out:
             self._transport.write(out)
+        self.structured_replies, self.extended_headers = self._handshake.structured, self._handshake.extended
         last = self.negotiation[-1] if self.negotiation else None
         if isinstance(last, Negotiated):
             self.info = last.info
-            self.structured_replies = last.structured_replies
-            self._transmission = ClientTransmission(last.structured_replies)
+            self.contexts = frozenset(last.contexts)
+            self._transmission = ClientTransmission(last.structured_replies, last.extended_headers, last.contexts)
         elif isinstance(last, Aborted):
             self._end(errno.EPIPE, "closed")
             self._transport.close()

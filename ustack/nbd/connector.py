@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from ustack.nbd.client import NbdClient
 from ustack.nbd.connection import (
@@ -15,7 +15,9 @@ from ustack.nbd.connection import (
     CreateConnection,
     ProtocolFactory,
 )
-from ustack.nbd.handshake import ExportDescribed, ExportListed, Purpose
+from ustack.nbd.constants import NBD_REP_ERR_UNSUP
+from ustack.nbd.errors import NbdNotFixedError, NbdOptionError
+from ustack.nbd.handshake import ContextsListed, ExportDescribed, ExportListed, Negotiated, Purpose, Wishes
 from ustack.nbd.tls import settings_for
 from ustack.nbd.uri import NbdUri
 
@@ -24,16 +26,31 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from ustack.nbd.export_info import ExportInfo
-    from ustack.nbd.session import SessionOptions
+    from ustack.nbd.session_options import SessionOptions
+
+
+_NO_CONTEXTS: Final = Wishes(meta_contexts=())
 
 
 @dataclass(frozen=True, slots=True)
 class ExportEntry:
-    """One line of a server's list: the export, the text beside it, and its details if the server gives them (NBD_OPT_INFO)."""
+    """One line of a server's list: the export, the text beside it, and its details if the server gives them (NBD_OPT_INFO),
+    with its metadata contexts."""
 
     name: str
     description: str
     info: ExportInfo | None
+    contexts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerReport:
+    """What a server says without being used: how it talks, and what it exports."""
+
+    exports: list[ExportEntry]
+    structured_replies: bool
+    extended_headers: bool
+    tls: bool
 
 
 def connector_for(uri: NbdUri, create_connection: CreateConnection | None = None) -> Connector:
@@ -90,18 +107,40 @@ async def list_exports(
     uri: str | NbdUri, *, create_connection: CreateConnection | None = None, connect_timeout: float | None = CONNECT_TIMEOUT
 ) -> list[ExportEntry]:
     """What the server at `uri` exports (NBD_OPT_LIST, then NBD_OPT_INFO for each). Raises like `connect`."""
+    report = await ask_server(uri, Purpose.LIST, create_connection=create_connection, connect_timeout=connect_timeout)
+    return report.exports
+
+
+async def ask_server(
+    uri: str | NbdUri,
+    purpose: Purpose,
+    *,
+    create_connection: CreateConnection | None = None,
+    connect_timeout: float | None = CONNECT_TIMEOUT,
+) -> ServerReport:
+    """What the server at `uri` says of the export there (Purpose.INFO) or of all (Purpose.LIST), without using any of them. A
+    server too old to be asked is used for a moment. Raises like `connect`."""
     parsed = NbdUri.parse(uri) if isinstance(uri, str) else uri
-    connection = await Connection.open(
-        connector_for(parsed, create_connection),
-        purpose=Purpose.LIST,
-        tls=settings_for(parsed),
-        connect_timeout=connect_timeout,
-    )
+    connector, tls = connector_for(parsed, create_connection), settings_for(parsed)
+    try:
+        connection = await Connection.open(
+            connector, parsed.export, purpose=purpose, tls=tls, connect_timeout=connect_timeout, wishes=_NO_CONTEXTS
+        )
+    except OSError as error:
+        old = isinstance(error, NbdOptionError) and error.reply == NBD_REP_ERR_UNSUP
+        if purpose is not Purpose.INFO or not (old or isinstance(error, NbdNotFixedError)):
+            raise
+        connection = await Connection.open(
+            connector, parsed.export, tls=tls, connect_timeout=connect_timeout, wishes=_NO_CONTEXTS
+        )
     await connection.close()
     entries: dict[str, ExportEntry] = {}
     for event in connection.negotiation:
         if isinstance(event, ExportListed):
             entries[event.name] = ExportEntry(event.name, event.description, None)
-        elif isinstance(event, ExportDescribed):
-            entries[event.info.name] = replace(entries[event.info.name], info=event.info)
-    return list(entries.values())
+        elif isinstance(event, ExportDescribed | Negotiated):
+            known = entries.get(event.info.name) or ExportEntry(event.info.name, "", None)
+            entries[event.info.name] = replace(known, info=event.info)
+        elif isinstance(event, ContextsListed):
+            entries[event.export] = replace(entries[event.export], contexts=event.names)
+    return ServerReport(list(entries.values()), connection.structured_replies, connection.extended_headers, connection.tls)

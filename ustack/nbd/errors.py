@@ -1,7 +1,7 @@
 """What can go wrong between two NBD peers, as OSErrors.
 
-Errors of single requests are plain OSErrors with the errno that the server named. These two are for the rest: a peer that
-breaks the protocol, and a server that refuses an option.
+Errors of single requests are plain OSErrors with the errno that the server named. These are for the rest: a peer that breaks
+the protocol, a server that refuses an option, and a read of which a part is good.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ class NbdProtocolError(OSError):
         super().__init__(errno.EPROTO, message)
 
 
+class NbdNotFixedError(NbdProtocolError):
+    """The server does not speak fixed newstyle, so it can be used but not asked."""
+
+
 class NbdOptionError(OSError):
     """The server answered an option with an error reply (NBD_REP_ERR_*).
 
@@ -34,6 +38,15 @@ class NbdOptionError(OSError):
         self.option = option
         self.reply = reply
         self.text = text
+
+
+class NbdReadError(OSError):
+    """A read failed on the server, which told where (NBD_REPLY_TYPE_ERROR_OFFSET): the first `valid_bytes` bytes of that
+    request are good all the same."""
+
+    def __init__(self, code: int, message: str, valid_bytes: int) -> None:
+        super().__init__(code, message)
+        self.valid_bytes = valid_bytes
 
 
 def decode_name(data: bytes | bytearray | memoryview, what: str) -> str:

@@ -9,6 +9,7 @@ from ustack.nbd.constants import (
     DEFAULT_MINIMUM_BLOCK,
     DEFAULT_PREFERRED_BLOCK,
     MAX_EXPORT_SIZE,
+    NBD_FLAG_BLOCK_STATUS_PAYLOAD,
     NBD_FLAG_CAN_MULTI_CONN,
     NBD_FLAG_HAS_FLAGS,
     NBD_FLAG_READ_ONLY,
@@ -87,6 +88,11 @@ class ExportInfo:
     def can_cache(self) -> bool:
         """NBD_CMD_CACHE may be sent (NBD_FLAG_SEND_CACHE)."""
         return bool(self.flags & NBD_FLAG_SEND_CACHE)
+
+    @property
+    def can_block_status_payload(self) -> bool:
+        """A block status may be asked for some of the metadata contexts only (NBD_FLAG_BLOCK_STATUS_PAYLOAD)."""
+        return bool(self.flags & NBD_FLAG_BLOCK_STATUS_PAYLOAD)
 
 
 def check_size(size: int) -> None:

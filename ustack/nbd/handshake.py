@@ -5,7 +5,8 @@ the next n bytes, so it does not matter in what pieces they arrive. After every 
 doc/proto.md, "Fixed newstyle negotiation" and "Option types".
 
 TLS is demanded or not used: with `tls`, a server that has none is refused, and whatever it says in the clear behind its
-acknowledgment of NBD_OPT_STARTTLS is fatal. Left out: oldstyle servers, extended headers and meta contexts.
+acknowledgment of NBD_OPT_STARTTLS is fatal. Extended headers, structured replies and metadata contexts are asked for in this
+order, and done without where they are refused. Left out: oldstyle servers.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 import enum
 import errno
 import struct
-from collections.abc import Generator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
 from ustack.nbd.constants import (
+    BASE_ALLOCATION,
     IHAVEOPT,
     MAX_STRING,
     NBD_FLAG_C_FIXED_NEWSTYLE,
@@ -30,9 +32,12 @@ from ustack.nbd.constants import (
     NBD_INFO_NAME,
     NBD_OPT_ABORT,
     NBD_OPT_EXPORT_NAME,
+    NBD_OPT_EXTENDED_HEADERS,
     NBD_OPT_GO,
     NBD_OPT_INFO,
     NBD_OPT_LIST,
+    NBD_OPT_LIST_META_CONTEXT,
+    NBD_OPT_SET_META_CONTEXT,
     NBD_OPT_STARTTLS,
     NBD_OPT_STRUCTURED_REPLY,
     NBD_REP_ACK,
@@ -41,13 +46,14 @@ from ustack.nbd.constants import (
     NBD_REP_ERR_UNSUP,
     NBD_REP_FLAG_ERROR,
     NBD_REP_INFO,
+    NBD_REP_META_CONTEXT,
     NBD_REP_SERVER,
     NBDMAGIC,
     OLDSTYLE_MAGIC,
     OPTION_NAMES,
     OPTION_REPLY_MAGIC,
 )
-from ustack.nbd.errors import NbdOptionError, NbdProtocolError, decode_message, decode_name
+from ustack.nbd.errors import NbdNotFixedError, NbdOptionError, NbdProtocolError, decode_message, decode_name
 from ustack.nbd.export_info import ExportInfo, check_block_sizes, check_size
 
 MAX_REPLY: Final = 4 + 2 * MAX_STRING
@@ -76,6 +82,24 @@ class Purpose(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Wishes:
+    """What to ask the server for; it may refuse each. Without structured replies nothing else is asked for.
+
+    `meta_contexts` are queries for metadata contexts, as in NBD_OPT_SET_META_CONTEXT: a name such as `base:allocation`, or what
+    the context's own specification allows.
+    """
+
+    structured_replies: bool = True
+    extended_headers: bool = True
+    meta_contexts: Sequence[str] = (BASE_ALLOCATION,)
+
+    def __post_init__(self) -> None:
+        for query in self.meta_contexts:
+            if len(query.encode()) > MAX_STRING or "\0" in query:
+                raise ValueError(f"a metadata context has at most {MAX_STRING} bytes of UTF-8 and no NUL")
+
+
+@dataclass(frozen=True, slots=True)
 class ExportListed:
     """The server has an export of this name (NBD_REP_SERVER)."""
 
@@ -91,6 +115,14 @@ class ExportDescribed:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextsListed:
+    """Answer to NBD_OPT_LIST_META_CONTEXT: the contexts that the export has."""
+
+    export: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class OptionRefused:
     """The server said no to an option that we can do without, and negotiation goes on."""
 
@@ -103,6 +135,9 @@ class Negotiated:
 
     info: ExportInfo
     structured_replies: bool
+    extended_headers: bool = False
+    contexts: Mapping[str, int] = field(default_factory=dict)
+    """The metadata contexts that were selected, with the numbers that stand for them on this connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +150,11 @@ class TlsBegins:
     """NBD_OPT_STARTTLS was acknowledged. What `data_to_send` has from now on goes through TLS, and so must what is received."""
 
 
-Event: TypeAlias = TlsBegins | ExportListed | ExportDescribed | OptionRefused | Negotiated | Aborted
+Event: TypeAlias = TlsBegins | ExportListed | ExportDescribed | ContextsListed | OptionRefused | Negotiated | Aborted
 _Steps: TypeAlias = Generator[int, bytes, None]
+
+
+_NO_PREFERENCE: Final = Wishes()
 
 
 class ClientHandshake:
@@ -132,13 +170,18 @@ class ClientHandshake:
         "_program",
         "_tls",
         "_tls_begins",
+        "_wishes",
+        "contexts",
         "export",
+        "extended",
         "purpose",
         "structured",
         "waiting_for",
     )
 
-    def __init__(self, export: str = "", purpose: Purpose = Purpose.GO, *, tls: bool = False) -> None:
+    def __init__(
+        self, export: str = "", purpose: Purpose = Purpose.GO, *, tls: bool = False, wishes: Wishes = _NO_PREFERENCE
+    ) -> None:
         """`export` is the name to ask for, at most 4096 bytes in UTF-8, without NUL; raises ValueError otherwise. `tls` demands
         TLS."""
         if len(export.encode()) > MAX_STRING or "\0" in export:
@@ -146,6 +189,10 @@ class ClientHandshake:
         self.export = export
         self.purpose = purpose
         self.structured = False
+        """Replies come in chunks: structured replies or extended headers were negotiated."""
+        self.extended = False
+        self.contexts: dict[str, int] = {}
+        self._wishes = wishes
         self._buffer = bytearray()
         self._events: list[Event] = []
         self._out = bytearray()
@@ -217,10 +264,11 @@ class ClientHandshake:
             yield from self._start_tls()
         if not fixed:
             if self.purpose is not Purpose.GO:
-                raise NbdProtocolError("server does not speak fixed newstyle: it can neither list nor describe exports")
+                raise NbdNotFixedError("server does not speak fixed newstyle: it can neither list nor describe exports")
             yield from self._export_name(no_zeroes)
             return
-        yield from self._structured_reply()
+        if self._wishes.structured_replies:
+            yield from self._replies_in_chunks()
         if self.purpose is Purpose.LIST:
             yield from self._list()
             self._abort()
@@ -228,19 +276,22 @@ class ClientHandshake:
         if self.purpose is Purpose.INFO:
             info = yield from self._info_or_go(NBD_OPT_INFO, self.export)
             self._events.append(ExportDescribed(info))
+            yield from self._list_contexts(self.export)
             self._abort()
             return
+        if self.structured and self._wishes.meta_contexts:
+            yield from self._set_contexts(self._wishes.meta_contexts)
         try:
             info = yield from self._info_or_go(NBD_OPT_GO, self.export)
         except NbdOptionError as error:
             # Only "I do not know this option" may lead to the old option, which cannot report errors; any other refusal is
-            # final.
-            if error.reply != NBD_REP_ERR_UNSUP:
+            # final. After extended headers it is not allowed at all.
+            if error.reply != NBD_REP_ERR_UNSUP or self.extended:
                 raise
             self._refused(error)
             yield from self._export_name(no_zeroes)
             return
-        self._events.append(Negotiated(info, self.structured))
+        self._begin(info)
 
     def _start_tls(self) -> _Steps:
         self._send_option(NBD_OPT_STARTTLS)
@@ -251,14 +302,62 @@ class ClientHandshake:
         self._events.append(TlsBegins())
         self._tls_begins = True
 
-    def _structured_reply(self) -> _Steps:
-        self._send_option(NBD_OPT_STRUCTURED_REPLY)
-        reply, data = yield from self._reply(NBD_OPT_STRUCTURED_REPLY)
+    def _replies_in_chunks(self) -> _Steps:
+        if self._wishes.extended_headers:
+            self.extended = self.structured = yield from self._ask_for(NBD_OPT_EXTENDED_HEADERS)
+        if not self.extended:
+            self.structured = yield from self._ask_for(NBD_OPT_STRUCTURED_REPLY)
+
+    def _ask_for(self, option: int) -> Generator[int, bytes, bool]:
+        self._send_option(option)
+        reply, data = yield from self._reply(option)
         if reply & NBD_REP_FLAG_ERROR:
-            self._refused(NbdOptionError(NBD_OPT_STRUCTURED_REPLY, reply, decode_message(data)))
+            self._refused(NbdOptionError(option, reply, decode_message(data)))
+            return False
+        self._expect_ack(option, reply, data)
+        return True
+
+    def _set_contexts(self, queries: Sequence[str]) -> _Steps:
+        try:
+            found = yield from self._contexts(NBD_OPT_SET_META_CONTEXT, self.export, queries)
+        except NbdOptionError as error:
+            self._refused(error)
+            return
+        for name, number in found:
+            if name in self.contexts or number in self.contexts.values():
+                raise NbdProtocolError(f"metadata context {name!r} or its number {number} was given twice")
+            self.contexts[name] = number
+
+    def _list_contexts(self, export: str) -> _Steps:
+        if not self.structured:
+            return
+        try:
+            found = yield from self._contexts(NBD_OPT_LIST_META_CONTEXT, export, ())
+        except NbdOptionError as error:
+            self._refused(error)
         else:
-            self._expect_ack(NBD_OPT_STRUCTURED_REPLY, reply, data)
-            self.structured = True
+            self._events.append(ContextsListed(export, tuple(name for name, _ in found)))
+
+    def _contexts(self, option: int, export: str, queries: Sequence[str]) -> Generator[int, bytes, list[tuple[str, int]]]:
+        """Ask for metadata contexts: the name and number of each that the server has."""
+        strings = [each.encode() for each in (export, *queries)]
+        pieces = [struct.pack(f">I{len(each)}s", len(each), each) for each in strings]
+        self._send_option(option, b"".join((pieces[0], struct.pack(">I", len(queries)), *pieces[1:])))
+        found: list[tuple[str, int]] = []
+        for _ in range(MAX_REPLIES):
+            reply, data = yield from self._reply(option)
+            if reply & NBD_REP_FLAG_ERROR:
+                raise NbdOptionError(option, reply, decode_message(data))
+            if reply != NBD_REP_META_CONTEXT:
+                self._expect_ack(option, reply, data)
+                return found
+            if len(data) < 5:
+                raise NbdProtocolError(f"NBD_REP_META_CONTEXT of {len(data)} bytes")
+            found.append((decode_name(data[4:], "metadata context"), int.from_bytes(data[:4], "big")))
+        raise NbdProtocolError(f"more than {MAX_REPLIES} replies to {OPTION_NAMES[option]}")
+
+    def _begin(self, info: ExportInfo) -> None:
+        self._events.append(Negotiated(info, self.structured, self.extended, self.contexts))
 
     def _info_or_go(self, option: int, export: str) -> Generator[int, bytes, ExportInfo]:
         name = export.encode()
@@ -304,7 +403,7 @@ class ClientHandshake:
         check_size(size)
         if not no_zeroes:
             yield _UNUSED_ZEROES
-        self._events.append(Negotiated(ExportInfo(self.export, size, flags), self.structured))
+        self._begin(ExportInfo(self.export, size, flags))
 
     def _list(self) -> _Steps:
         self._send_option(NBD_OPT_LIST)
@@ -327,6 +426,7 @@ class ClientHandshake:
             try:
                 info = yield from self._info_or_go(NBD_OPT_INFO, name)
                 self._events.append(ExportDescribed(info))
+                yield from self._list_contexts(name)
             except NbdOptionError as error:
                 self._refused(error)
                 if error.reply == NBD_REP_ERR_UNSUP:

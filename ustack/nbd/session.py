@@ -24,21 +24,25 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections import deque
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, Unpack
-from zlib import crc32
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from ustack.nbd.admission import Admission
+from ustack.nbd.cache_check import lost_samples
 from ustack.nbd.call import CHANGES, Call
 from ustack.nbd.connection import CLOSE_TIMEOUT, CONNECT_TIMEOUT, REQUEST_TIMEOUT, Connection, Connector
-from ustack.nbd.constants import (
-    COMMAND_NAMES,
-    NBD_CMD_FLUSH,
-    NBD_CMD_READ,
-    NBD_ESHUTDOWN,
-    WIRE_TO_ERRNO,
+from ustack.nbd.constants import BASE_ALLOCATION, COMMAND_NAMES, NBD_CMD_FLUSH, NBD_ESHUTDOWN, WIRE_TO_ERRNO
+from ustack.nbd.errors import NbdProtocolError, NbdReadError, describe_errno
+from ustack.nbd.handshake import Wishes
+from ustack.nbd.reconnection import Reconnection, Way
+from ustack.nbd.session_options import (
+    DEAD_AFTER,
+    MAX_BYTES_IN_FLIGHT,
+    QUEUE_DEPTH,
+    REQUEST_SIZE,
+    SessionCounters,
+    SessionOptions,
 )
-from ustack.nbd.errors import NbdProtocolError, describe_errno
+from ustack.nbd.strict import STRICT
 from ustack.nbd.unflushed import UnflushedWrites
 from ustack.nbd.write_order import WriteOrder
 
@@ -47,78 +51,6 @@ if TYPE_CHECKING:
 
     from ustack.nbd.export_info import ExportInfo
     from ustack.nbd.tls import TlsSettings
-    from ustack.nbd.unflushed import Sample
-
-QUEUE_DEPTH: Final = 64
-"""Requests in flight on one connection (libnbd's advice)."""
-MAX_BYTES_IN_FLIGHT: Final = 64 << 20
-"""Bytes of payload in flight: two requests of the largest size that every server takes."""
-REQUEST_SIZE: Final = 64 << 10
-"""Bytes of a request that the reserve is made for, unless told otherwise."""
-DEAD_AFTER: Final = 30.0
-"""Seconds without an answer, while requests wait, after which they fail: enough for a server to be restarted."""
-BACKOFF_FIRST: Final = 0.05
-"""Seconds between the first attempt to connect again, which is made at once, and the second; doubled after each."""
-BACKOFF_MAX: Final = 5.0
-"""Seconds between attempts at most: a link that comes back is noticed so soon."""
-MAX_FRUITLESS: Final = 8
-"""Connections in a row that the server ends without one answer, after which it is not worth another (unless `dead_after` is
-None). With the back-off they take about five seconds."""
-VERIFY_TIMEOUT: Final = 30.0
-"""Seconds that reading the samples back may take."""
-
-
-class SessionOptions(TypedDict, total=False):
-    """Keyword arguments that `connect` and `NbdClient.open` hand on to the `Session`.
-
-    `queue_depth`: requests in flight per connection; `max_bytes_in_flight`: bytes of their payload, together. `connections`:
-    how many to use where the server says that they see one cache (NBD_FLAG_CAN_MULTI_CONN); one otherwise. `connect_timeout`:
-    seconds for each attempt to connect and negotiate. `request_timeout`: seconds without any sign of life while a request
-    waits, after which a connection counts as lost; None: never. `dead_after`: see above, seconds; 0: a lost connection is the
-    end at once; None: wait for ever. `check_cache`: read samples of unflushed writes back after an outage. `copy_writes`: copy
-    the data of each write when it is called, so that a caller who is cancelled may use its memory at once. `tls`:
-    what to demand on each of the ways; empty for none. `on_event`: called with the name of an event and its reason.
-    """
-
-    queue_depth: int
-    max_bytes_in_flight: int
-    request_size: int
-    connections: int
-    connect_timeout: float | None
-    request_timeout: float | None
-    dead_after: float | None
-    check_cache: bool
-    copy_writes: bool
-    on_event: Callable[[str, OSError | None], object]
-    tls: Sequence[TlsSettings | None]
-
-
-@dataclass(slots=True)
-class SessionCounters:
-    """What has happened to a session so far. All are counts."""
-
-    connected: int = 0
-    """Connections made and negotiated."""
-    lost: int = 0
-    """Connections lost."""
-    outages: int = 0
-    """Times without any connection."""
-    failed_attempts: int = 0
-    """Attempts to connect again that failed."""
-    replayed: int = 0
-    """Requests sent again."""
-    slow: int = 0
-    """Requests that took longer than the request timeout while the server was alive."""
-    unflushed_at_outage: int = 0
-    """Writes that were answered but not flushed when an outage began: the server may have lost them."""
-    samples_checked: int = 0
-    """Of these and older ones, samples read back."""
-    samples_lost: int = 0
-    """Samples that were not there any more."""
-
-    def report(self) -> dict[str, int]:
-        """All of them by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class Session:
@@ -140,6 +72,10 @@ class Session:
         copy_writes: bool = False,
         on_event: Callable[[str, OSError | None], object] | None = None,
         tls: Sequence[TlsSettings | None] = (),
+        structured_replies: bool = True,
+        extended_headers: bool = True,
+        meta_contexts: Sequence[str] = (BASE_ALLOCATION,),
+        strict: int = STRICT,
     ) -> None:
         """`connectors` are the ways to the export, tried in turn: one, or several for fail-over between servers that have the
         same storage. See `SessionOptions` for the rest. Raises ValueError for options that make no sense."""
@@ -147,17 +83,11 @@ class Session:
             raise ValueError("an NBD client needs a queue depth and a number of connections of at least 1, and a server")
         self.counters = SessionCounters()
         self._loop = asyncio.get_running_loop()
-        self._connectors = list(connectors)
-        self._way = 0
-        self._tls = list(tls) or [None] * len(self._connectors)
         self._export = export
         self._queue_depth = queue_depth
         self._max_bytes = max_bytes_in_flight
         self._request_size = request_size
         self._reserve: Any = None
-        self._wanted = connections
-        self._connect_timeout = connect_timeout
-        self._request_timeout = request_timeout
         self._dead_after = dead_after
         self._check_cache = check_cache
         self._copy_writes = copy_writes
@@ -172,16 +102,27 @@ class Session:
         self._leaving = False
         self._idle: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
-        self._reconnecting: asyncio.Task[None] | None = None
-        self._backoff = 0.0
-        self._fruitless = 0
-        self._reason: OSError | None = None
-        self._recovering = False
-        """Nothing was answered since the last connection was lost."""
-        self._deadline: asyncio.TimerHandle | None = None
         self._cache_lost: OSError | None = None
+        settings = list(tls) or [None] * len(connectors)
+        self._reconnection = Reconnection(
+            self,
+            self,
+            self.counters,
+            [Way(*pair) for pair in zip(connectors, settings, strict=True)],
+            export,
+            Wishes(structured_replies, extended_headers, tuple(meta_contexts)),
+            connect_timeout=connect_timeout,
+            request_timeout=request_timeout,
+            dead_after=dead_after,
+        )
+        self._reconnection.wanted = connections
+        self.strict = strict
+        """The rules that requests keep: bits of `strict.py`."""
         self.info: ExportInfo
         self.structured_replies = False
+        self.extended_headers = False
+        self.contexts: frozenset[str] = frozenset()
+        """Metadata contexts that a block status can be asked for."""
         self.tls = False
         self.unflushed: UnflushedWrites
 
@@ -190,18 +131,21 @@ class Session:
         """Connect and negotiate. Nothing is tried twice here, except that each connector has a turn; raises the OSError of the
         last, see `Connection.open`, and ValueError."""
         session = cls(connectors, export, **options)
-        connection = await session._first()
+        reconnection = session._reconnection
+        connection = await reconnection.first()
         session.info = connection.info
         session.structured_replies = connection.structured_replies
+        session.extended_headers = connection.extended_headers
+        session.contexts = connection.contexts
         session.tls = connection.tls
         session.unflushed = UnflushedWrites(session.info.minimum_block)
         if not session.info.can_multi_conn:
-            session._wanted = 1
-        session._admission = session._room_for(session._wanted)
+            reconnection.wanted = 1
+        session._admission = session._room_for(reconnection.wanted)
         session._join(connection)
         try:
-            while len(session._up) < session._wanted:
-                session._join(await session._connect())
+            while session.connections < reconnection.wanted:
+                session._join(await reconnection.connect())
         except BaseException:
             await session.close(0)
             raise
@@ -225,12 +169,17 @@ class Session:
     # -- requests ----------------------------------------------------------------------------------------------------------
 
     async def call(
-        self, command: int, flags: int, offset: int, length: int, view: memoryview | None, payload: memoryview | None
-    ) -> None:
+        self,
+        command: int,
+        flags: int,
+        offset: int,
+        length: int,
+        view: memoryview | None,
+        payload: memoryview | None,
+        context: str | None = None,
+    ) -> Call:
         """Do one request: wait for a place, send it, wait for the reply. `view` is where a read goes, `payload` the data of a
-        write. A request of no bytes is done already, since the protocol has none. Raises OSError."""
-        if length == 0 and command != NBD_CMD_FLUSH:
-            return
+        write, `context` what a block status is about. Returns the answered call. Raises OSError."""
         size = length if view is not None or payload is not None else 0
         self._check_open()
         admission = self._admission
@@ -245,6 +194,7 @@ class Session:
             payload = memoryview(bytes(payload))
         future = self._loop.create_future()
         call = Call(command, flags, offset, length, view, payload, future, size)
+        call.context = context
         if command in CHANGES:
             earlier = self._order.add(call)
             if earlier is not None:
@@ -268,6 +218,7 @@ class Session:
         if command == NBD_CMD_FLUSH and self._cache_lost is not None:
             error, self._cache_lost = self._cache_lost, None
             raise error
+        return call
 
     def _check_open(self) -> None:
         if self._failure is not None or self._leaving:
@@ -298,8 +249,8 @@ class Session:
                 if not connection.paused and (best is None or connection.in_flight < best.in_flight):
                     best = connection
             if best is None:
-                if not self._up and self._deadline is None and self._failure is None:
-                    self._start_deadline()
+                if not self._up and self._failure is None:
+                    self._reconnection.start_deadline()
                 return
             call = unsent.popleft()
             if call.future.cancelled():
@@ -344,7 +295,9 @@ class Session:
         said = f': "{call.message}"' if call.message else ""
         what = COMMAND_NAMES[call.command]
         where = "" if call.command == NBD_CMD_FLUSH else f" of {call.length} bytes at {call.offset}"
-        return OSError(code, f"{what}{where} failed on the server with {describe_errno(code)}{said}")
+        text = f"{what}{where} failed on the server with {describe_errno(code)}{said}"
+        valid = call.valid_bytes()
+        return NbdReadError(code, text, valid) if valid else OSError(code, text)
 
     def _room_for(self, connections: int) -> Admission:
         depth = self._queue_depth * connections
@@ -382,8 +335,8 @@ class Session:
             self._settle(call)
             if not call.future.done():
                 call.future.set_result(None)
-        if self._recovering and progress:
-            self._recovered()
+        if progress and self._reconnection.recovering:
+            self._reconnection.recovered()
         if connection.retiring:
             self._retire(connection)
         self._admitted()
@@ -410,7 +363,7 @@ class Session:
         if self._failure is not None:
             self._drop_unsent(self._failure)
         elif self._dead_after == 0 or self._leaving or isinstance(error, NbdProtocolError):
-            self._give_up(error)
+            self.give_up(error)
         elif was_up:
             self._look_for_another(error)
         self._admitted()
@@ -438,69 +391,19 @@ class Session:
             self._leaving = True
 
     def _look_for_another(self, error: OSError) -> None:
-        self._reason = error
+        reconnection = self._reconnection
+        reconnection.reason = error
         if not self._up:
-            self.counters.outages += 1
             self.counters.unflushed_at_outage += self.unflushed.count
-            if self._recovering:
-                self._fruitless += 1
-                if self._fruitless >= MAX_FRUITLESS and self._dead_after is not None and self._unsent:
-                    text = f"{error.strerror}; {self._fruitless} connections in a row ended without an answer"
-                    self._give_up(OSError(error.errno, text))
-                    return
-            self._recovering = True
+            final = reconnection.outage(error, bool(self._unsent))
+            if final is not None:
+                self.give_up(final)
+                return
             self._admission.paused = False
-            if self._unsent:
-                self._start_deadline()
             self._tell("lost", error)
         else:
             self._send_unsent()
-        if self._reconnecting is None:
-            self._reconnecting = self._loop.create_task(self._reconnect())
-
-    def _start_deadline(self) -> None:
-        if self._deadline is None and self._dead_after is not None:
-            self._deadline = self._loop.call_later(self._dead_after, self._dead)
-
-    def _dead(self) -> None:
-        self._deadline = None
-        if not self._recovering or not self._admission.count:
-            return
-        reason = self._reason
-        last = f"; the last thing we heard: {reason.strerror or reason}" if reason is not None else ""
-        self._give_up(OSError(errno.ETIMEDOUT, f"the server is dead: no answer for {self._dead_after:g} s{last}"))
-
-    def _recovered(self) -> None:
-        """The first answer after an outage."""
-        self._recovering = False
-        self._fruitless = 0
-        self._backoff = 0.0
-        self._reason = None
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    async def _first(self) -> Connection:
-        """A connection by the first way that works."""
-        while True:
-            try:
-                return await self._connect()
-            except OSError:
-                if self._way == len(self._connectors) - 1:
-                    raise
-                self._way += 1
-
-    async def _connect(self) -> Connection:
-        connection = await Connection.open(
-            self._connectors[self._way],
-            self._export,
-            owner=self,
-            connect_timeout=self._connect_timeout,
-            request_timeout=self._request_timeout,
-            tls=self._tls[self._way],
-        )
-        self.counters.connected += 1
-        return connection
+        reconnection.start()
 
     def _join(self, connection: Connection) -> None:
         """A connection is ready for use."""
@@ -509,47 +412,39 @@ class Session:
         self._send_unsent()
         self._admission.admit()
 
-    async def _reconnect(self) -> None:
-        """Make connections until there are as many as wanted."""
-        try:
-            while len(self._up) < self._wanted and self._failure is None and not self._leaving:
-                if self._backoff:
-                    await asyncio.sleep(self._backoff)
-                self._backoff = min(self._backoff * 2, BACKOFF_MAX) or BACKOFF_FIRST
-                try:
-                    connection = await self._connect()
-                    changed = _differences(self.info, connection.info)
-                    if changed:
-                        connection.fail(errno.ECONNABORTED, "the export is not the same any more")
-                        self._give_up(OSError(errno.ESTALE, f"{connection.peer}: the export has changed: {changed}"))
-                        return
-                    if not self._up and self._check_cache:
-                        await self._verify(connection)
-                except OSError as error:
-                    self.counters.failed_attempts += 1
-                    self._reason = error
-                    self._way = (self._way + 1) % len(self._connectors)
-                    continue
-                outage = not self._up
-                self._join(connection)
-                if outage:
-                    self._tell("attached", None)
-        finally:
-            self._reconnecting = None
+    async def take(self, connection: Connection) -> None:
+        """A connection is there again: is it still the same export, with what was answered? Then use it. Raises OSError when
+        it is lost meanwhile."""
+        changed = self._differences(connection)
+        if changed:
+            connection.fail(errno.ECONNABORTED, "the export is not the same any more")
+            self.give_up(OSError(errno.ESTALE, f"{connection.peer}: the export has changed: {changed}"))
+            return
+        outage = not self._up
+        if outage and self._check_cache:
+            await self._check_answered(connection)
+        self._join(connection)
+        if outage:
+            self._tell("attached", None)
 
-    async def _verify(self, connection: Connection) -> None:
-        """Read samples of what the server had answered. Raises OSError when the connection is lost meanwhile."""
-        changing = [call for call in self._unsent if call.command in CHANGES]
-        samples = self.unflushed.samples(changing)
+    def _differences(self, connection: Connection) -> str:
+        """How an export is not what it was, in words; empty when it is. What the server can do beyond does not matter."""
+        found = []
+        for name in ("size", "flags", "minimum_block", "preferred_block", "maximum_payload"):
+            old, new = getattr(self.info, name), getattr(connection.info, name)
+            if old != new:
+                found.append(f"{name} was {old:#x} and is {new:#x}" if name == "flags" else f"{name} was {old} and is {new}")
+        if self.extended_headers and not connection.extended_headers:
+            found.append("it has no extended headers any more")
+        found += [f"metadata context {name!r} is missing" for name in sorted(self.contexts - connection.contexts)]
+        return ", ".join(found)
+
+    async def _check_answered(self, connection: Connection) -> None:
+        samples = self.unflushed.samples([call for call in self._unsent if call.command in CHANGES])
         if not samples:
             return
-        lost: list[Sample] = []
-        async with asyncio.timeout(VERIFY_TIMEOUT):
-            reads = [self._read_sample(connection, sample) for sample in samples]
-            for sample, same in zip(samples, await asyncio.gather(*reads), strict=True):
-                self.counters.samples_checked += 1
-                if not same:
-                    lost.append(sample)
+        lost = await lost_samples(connection, samples)
+        self.counters.samples_checked += len(samples)
         if lost:
             self.counters.samples_lost += len(lost)
             flushed = sum(self.unflushed.is_flushed(sample) for sample in lost)
@@ -559,39 +454,21 @@ class Session:
             self.unflushed.forget()
             self._tell("data lost", self._cache_lost)
 
-    async def _read_sample(self, connection: Connection, sample: Sample) -> bool:
-        data = memoryview(bytearray(sample.length))
-        future = self._loop.create_future()
-        call = Call(NBD_CMD_READ, 0, sample.offset, sample.length, data, None, future, -1)
-        if connection.closed.done():
-            raise connection.error()
-        connection.send(call)
-        try:
-            await future
-        except asyncio.CancelledError:
-            connection.abandon(call)
-            raise
-        return not call.error and crc32(data) == sample.crc
-
     def _tell(self, event: str, reason: OSError | None) -> None:
         if self._on_event is not None:
             self._on_event(event, reason)
 
     # -- the end -------------------------------------------------------------------------------------------------------------
 
-    def _give_up(self, error: OSError) -> None:
+    def give_up(self, error: OSError) -> None:
         """Everybody who waits hears why, and so does everybody who comes later."""
         if self._failure is not None:
             return
         self._failure = error
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        self._reconnection.stop()
         for connection in list(self._up):
             connection.fail(error.errno or errno.EIO, str(error.strerror))
         self._drop_unsent(error)
-        if self._reconnecting is not None and self._reconnecting is not asyncio.current_task(self._loop):
-            self._reconnecting.cancel()
         # Those who wait in line go on and find out why.
         self._admission.closed = True
         self._admitted()
@@ -616,8 +493,7 @@ class Session:
     async def close(self, grace: float = CLOSE_TIMEOUT) -> None:
         """Wait up to `grace` seconds for requests in flight, say NBD_CMD_DISC, and close. Later calls fail with EPIPE."""
         self._leaving = True
-        if self._reconnecting is not None:
-            self._reconnecting.cancel()
+        self._reconnection.stop()
         try:
             async with asyncio.timeout(grace):
                 if self._up and self._admission.count and self._failure is None:
@@ -626,10 +502,10 @@ class Session:
                     self._admission.admit()
                     await asyncio.shield(self._idle)
         except TimeoutError:
-            self._give_up(OSError(errno.ETIMEDOUT, f"closed with requests still unanswered after {grace} s"))
+            self.give_up(OSError(errno.ETIMEDOUT, f"closed with requests still unanswered after {grace} s"))
         up = list(self._up)
         await asyncio.gather(*(connection.close(grace) for connection in up))
-        self._give_up(OSError(errno.EPIPE, "closed"))
+        self.give_up(OSError(errno.EPIPE, "closed"))
 
     async def wait_lost(self) -> OSError:
         """Wait until nothing can be sent any more, and return the reason: what every call raises from then on."""
@@ -646,13 +522,3 @@ def _again(error: OSError) -> OSError:
     if isinstance(error, NbdProtocolError):
         return NbdProtocolError(str(error.strerror))
     return OSError(error.errno, error.strerror)
-
-
-def _differences(before: ExportInfo, after: ExportInfo) -> str:
-    """How an export is not what it was, in words; empty when it is."""
-    found = []
-    for name in ("size", "flags", "minimum_block", "preferred_block", "maximum_payload"):
-        old, new = getattr(before, name), getattr(after, name)
-        if old != new:
-            found.append(f"{name} was {old:#x} and is {new:#x}" if name == "flags" else f"{name} was {old} and is {new}")
-    return ", ".join(found)

@@ -3,7 +3,8 @@
 `submit` gives the bytes of a request to send. Replies come back through `get_buffer` and `buffer_updated`, the pair that
 asyncio.BufferedProtocol wants: small replies are parsed out of one receive buffer, many to a read; the bulk of a large one is
 read straight into the memory that the caller gave, so that nobody copies it. Simple and structured replies arrive in any order,
-chunks of different replies interleaved. Source: doc/proto.md, "Transmission" and "Structured reply types".
+chunks of different replies interleaved; with extended headers there are no simple ones. Source: doc/proto.md, "Transmission"
+and "Structured reply types"; branch extension-ext-header.
 
 Trust ends here. A reply that no request asked for, data that overlaps, leaves gaps or lies outside of the request, and
 everything else that the specification calls a violation raises NbdProtocolError, after which the connection must be dropped.
@@ -13,16 +14,25 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left
-from typing import Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
+from ustack.nbd.block_status import check_status_size, parse_status
 from ustack.nbd.constants import (
     COMMAND_NAMES,
     MAX_STRING,
+    NBD_CMD_BLOCK_STATUS,
     NBD_CMD_DISC,
     NBD_CMD_FLAG_DF,
+    NBD_CMD_FLAG_PAYLOAD_LEN,
+    NBD_CMD_FLAG_REQ_ONE,
     NBD_CMD_READ,
+    NBD_CMD_WRITE,
     NBD_EINVAL,
+    NBD_EXTENDED_REPLY_MAGIC,
+    NBD_EXTENDED_REQUEST_MAGIC,
     NBD_REPLY_FLAG_DONE,
+    NBD_REPLY_TYPE_BLOCK_STATUS,
+    NBD_REPLY_TYPE_BLOCK_STATUS_EXT,
     NBD_REPLY_TYPE_ERROR,
     NBD_REPLY_TYPE_ERROR_OFFSET,
     NBD_REPLY_TYPE_FLAG_ERROR,
@@ -34,6 +44,10 @@ from ustack.nbd.constants import (
     NBD_STRUCTURED_REPLY_MAGIC,
 )
 from ustack.nbd.errors import NbdProtocolError, decode_message
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Mapping
 
 RECEIVE_BUFFER: Final = 64 << 10
 """Bytes read at once when replies are small. Fifteen 4 KiB replies fit."""
@@ -48,11 +62,15 @@ MAX_EXTENTS: Final = 65536
 _REQUEST: Final = struct.Struct(">IHHQQI")
 _SIMPLE: Final = struct.Struct(">IIQ")
 _CHUNK: Final = struct.Struct(">IHHQI")
+_EXTENDED_REQUEST: Final = struct.Struct(">IHHQQQ")
+_STATUS_PAYLOAD: Final = struct.Struct(">QI")
+_EXTENDED_CHUNK: Final = struct.Struct(">IHHQQQ")
 _HOLE: Final = struct.Struct(">QI")
 _ERROR: Final = struct.Struct(">IH")
 _OFFSET: Final = struct.Struct(">Q")
 _SIMPLE_SIZE: Final = _SIMPLE.size
 _CHUNK_SIZE: Final = _CHUNK.size
+_EXTENDED_CHUNK_SIZE: Final = _EXTENDED_CHUNK.size
 _ZEROES: Final = bytes(64 << 10)
 
 
@@ -60,11 +78,26 @@ class Request:
     """A command in flight and, when it is complete, its outcome.
 
     `offset` and `length` are bytes on the export. `view` is the destination of a read; None makes the parser throw its data
-    away. After completion `error` is 0 or the NBD error value that the server sent, `message` its text. Data is valid only
-    without error.
+    away. `context` is the metadata context that a block status is asked for. After completion `error` is 0 or the NBD error
+    value that the server sent, `message` its text, `error_at` the offset on the export where it happened, if that was said
+    (NBD_REPLY_TYPE_ERROR_OFFSET), else -1.
     """
 
-    __slots__ = ("command", "cookie", "error", "extents", "filled", "flags", "length", "message", "offset", "view")
+    __slots__ = (
+        "command",
+        "context",
+        "cookie",
+        "error",
+        "error_at",
+        "extents",
+        "filled",
+        "flags",
+        "length",
+        "message",
+        "offset",
+        "status",
+        "view",
+    )
 
     def __init__(self, command: int, flags: int, offset: int, length: int, view: memoryview | None = None) -> None:
         self.command = command
@@ -78,6 +111,18 @@ class Request:
         self.filled = 0
         # Sorted (start, end) of what has arrived, merged where it arrives in order; None as long as nothing has.
         self.extents: list[tuple[int, int]] | None = None
+        self.context: str | None = None
+        self.error_at = -1
+        self.status: dict[str, array[int]] | None = None
+        """Answer to NBD_CMD_BLOCK_STATUS: for each context its (length, flags) pairs, one after the other."""
+
+    def valid_bytes(self) -> int:
+        """How many bytes at the start of the view are good. After an error without a place none are: it voids all data."""
+        if not self.error:
+            return self.length
+        if self.error_at < 0 or not self.extents or self.extents[0][0]:
+            return 0
+        return min(self.error_at - self.offset, self.extents[0][1])
 
     def __repr__(self) -> str:
         return (
@@ -100,9 +145,13 @@ class ClientTransmission(Generic[R]):
     __slots__ = (
         "_buffer",
         "_chunk_done",
+        "_collected",
+        "_contexts",
         "_current",
         "_direct",
         "_end",
+        "_extended",
+        "_names",
         "_next_cookie",
         "_remaining",
         "_structured",
@@ -113,8 +162,14 @@ class ClientTransmission(Generic[R]):
         "received",
     )
 
-    def __init__(self, structured_replies: bool) -> None:
-        self._structured = structured_replies
+    def __init__(
+        self, structured_replies: bool, extended_headers: bool = False, contexts: Mapping[str, int] | None = None
+    ) -> None:
+        """What was negotiated. `contexts` are the metadata contexts with the numbers that the server gave them."""
+        self._structured = structured_replies or extended_headers
+        self._extended = extended_headers
+        self._contexts = dict(contexts or {})
+        self._names = {number: name for name, number in self._contexts.items()}
         self._next_cookie = 1
         self.in_flight: dict[int, R] = {}
         self.completed: list[R] = []
@@ -129,20 +184,38 @@ class ClientTransmission(Generic[R]):
         self._remaining = 0
         self._chunk_done = False
         self._direct = False
+        # The payload of a block status chunk, as far as it has come.
+        self._collected: bytearray | None = None
 
     def submit(self, request: R) -> bytes:
-        """Give the request a cookie, remember it, and return its header. The data of a write must follow right behind."""
+        """Give the request a cookie, remember it, and return its header. The data of a write must follow right behind. Offsets
+        must fit 64 bits, lengths 32, or 64 with extended headers."""
         cookie = self._next_cookie
         self._next_cookie = cookie + 1
         request.cookie = cookie
         # It may have been in flight on a connection that was lost amid the reply.
         request.error = request.filled = 0
+        request.error_at = -1
         request.extents = None
+        request.status = None
         self.in_flight[cookie] = request
-        return _REQUEST.pack(NBD_REQUEST_MAGIC, request.flags, request.command, cookie, request.offset, request.length)
+        if not self._extended:
+            return _REQUEST.pack(NBD_REQUEST_MAGIC, request.flags, request.command, cookie, request.offset, request.length)
+        flags, command, length = request.flags, request.command, request.length
+        magic = NBD_EXTENDED_REQUEST_MAGIC
+        if command == NBD_CMD_WRITE:
+            flags |= NBD_CMD_FLAG_PAYLOAD_LEN
+        elif flags & NBD_CMD_FLAG_PAYLOAD_LEN:
+            # A block status of one context among several: which one is said in a payload.
+            assert request.context is not None
+            payload = _STATUS_PAYLOAD.pack(length, self._contexts[request.context])
+            return _EXTENDED_REQUEST.pack(magic, flags, command, cookie, request.offset, len(payload)) + payload
+        return _EXTENDED_REQUEST.pack(magic, flags, command, cookie, request.offset, length)
 
     def disconnect(self) -> bytes:
         """NBD_CMD_DISC. Nothing may be sent after it and no reply comes."""
+        if self._extended:
+            return _EXTENDED_REQUEST.pack(NBD_EXTENDED_REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
         return _REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
 
     def abandon(self, request: R) -> None:
@@ -155,7 +228,7 @@ class ClientTransmission(Generic[R]):
         """No more bytes will come: gives back what is unanswered, oldest first, and touches its memory no more."""
         unanswered = list(self.in_flight.values())
         self.in_flight.clear()
-        self._current = self._target = None
+        self._current = self._target = self._collected = None
         return unanswered
 
     # -- replies -------------------------------------------------------------------------------------------------------------
@@ -191,11 +264,23 @@ class ClientTransmission(Generic[R]):
         pos = 0
         if self._remaining:
             pos = self._payload(0, end)
+        pos = self._extended_replies(pos, end) if self._extended else self._replies(pos, end)
+        # What is left is the start of a header or of a small payload. It moves to the front; a large payload never waits here.
+        left = end - pos
+        if pos and left:
+            buffer[:left] = buffer[pos:end]
+        self._end = left
+
+    def _replies(self, pos: int, end: int) -> int:
+        """Handle the replies that are there; returns where the first unfinished one starts."""
+        buffer = self._buffer
         while end - pos >= _SIMPLE_SIZE:
             if end - pos >= _CHUNK_SIZE:
                 magic, flags, kind, cookie, length = _CHUNK.unpack_from(buffer, pos)
                 if magic == NBD_STRUCTURED_REPLY_MAGIC:
-                    used = self._on_chunk(flags, kind, cookie, length, pos + _CHUNK_SIZE, end)
+                    if not self._structured:
+                        raise NbdProtocolError("structured reply, which was not negotiated")
+                    used = self._on_chunk(self._request_of(cookie), flags, kind, length, pos + _CHUNK_SIZE, end)
                     if used < 0:
                         break
                     pos = used
@@ -207,11 +292,22 @@ class ClientTransmission(Generic[R]):
                 break
             else:
                 raise NbdProtocolError(f"reply magic is {magic:#010x}")
-        # What is left is the start of a header or of a small payload. It moves to the front; a large payload never waits here.
-        left = end - pos
-        if pos and left:
-            buffer[:left] = buffer[pos:end]
-        self._end = left
+        return pos
+
+    def _extended_replies(self, pos: int, end: int) -> int:
+        """The same with extended headers, where every reply is a chunk."""
+        while end - pos >= _EXTENDED_CHUNK_SIZE:
+            magic, flags, kind, cookie, offset, length = _EXTENDED_CHUNK.unpack_from(self._buffer, pos)
+            if magic != NBD_EXTENDED_REPLY_MAGIC:
+                raise NbdProtocolError(f"reply magic is {magic:#010x} after extended headers were negotiated")
+            request = self._request_of(cookie)
+            if offset != request.offset:
+                raise NbdProtocolError(f"reply with offset {offset} to {request!r}")
+            used = self._on_chunk(request, flags, kind, length, pos + _EXTENDED_CHUNK_SIZE, end)
+            if used < 0:
+                break
+            pos = used
+        return pos
 
     def _request_of(self, cookie: int) -> R:
         request = self.in_flight.get(cookie)
@@ -227,18 +323,17 @@ class ClientTransmission(Generic[R]):
             if not error:
                 self._chunk_done = True
                 return self._begin_payload(request, 0, request.length, pos, end)
-        elif request.error:
+        elif request.error or request.status is not None:
             raise NbdProtocolError(f"simple reply amid the chunks of a structured reply to {request!r}")
+        elif request.command == NBD_CMD_BLOCK_STATUS and not error:
+            raise NbdProtocolError(f"simple reply to {request!r} without any status")
         request.error = error
         self._complete(request)
         return pos
 
-    def _on_chunk(self, flags: int, kind: int, cookie: int, length: int, pos: int, end: int) -> int:
+    def _on_chunk(self, request: R, flags: int, kind: int, length: int, pos: int, end: int) -> int:
         """Handle the chunk whose payload starts at `pos`; returns where the next message starts, or -1 for 'more bytes
         needed'."""
-        if not self._structured:
-            raise NbdProtocolError("structured reply, which was not negotiated")
-        request = self._request_of(cookie)
         done = bool(flags & NBD_REPLY_FLAG_DONE)
         if kind == NBD_REPLY_TYPE_OFFSET_DATA:
             if length < 9 or request.command != NBD_CMD_READ:
@@ -268,6 +363,15 @@ class ClientTransmission(Generic[R]):
             if end - pos < length:
                 return -1
             self._on_error(request, kind, length, pos)
+        elif kind == (NBD_REPLY_TYPE_BLOCK_STATUS_EXT if self._extended else NBD_REPLY_TYPE_BLOCK_STATUS):
+            if request.command != NBD_CMD_BLOCK_STATUS:
+                raise NbdProtocolError(f"block status in reply to {request!r}")
+            check_status_size(length, self._extended)
+            # Kept as it comes: what a server only promises to send takes no memory.
+            self._collected = bytearray()
+            self._chunk_done = done
+            self._current, self._target, self._remaining = request, None, length
+            return self._payload(pos, end)
         else:
             raise NbdProtocolError(f"chunk of unknown type {kind} in reply to {request!r}")
         if done:
@@ -288,6 +392,10 @@ class ClientTransmission(Generic[R]):
             (offset,) = _OFFSET.unpack_from(self._buffer, pos + length - tail)
             if not request.offset <= offset < request.offset + max(request.length, 1):
                 raise NbdProtocolError(f"error at offset {offset}, outside of {request!r}")
+            if not request.error or 0 <= offset < request.error_at:
+                request.error_at = offset
+        else:
+            request.error_at = -1
         if not request.error:
             # The first one counts. Of a type from the future we know only that the request has failed.
             request.error = error or NBD_EINVAL
@@ -340,6 +448,8 @@ class ClientTransmission(Generic[R]):
         if target is not None:
             target[:size] = self._view[pos : pos + size]
             self._target = target[size:]
+        elif self._collected is not None:
+            self._collected += self._view[pos : pos + size]
         self._remaining -= size
         if not self._remaining:
             self._end_of_payload()
@@ -350,12 +460,31 @@ class ClientTransmission(Generic[R]):
         assert request is not None
         self._current = None
         self._target = None
+        if self._collected is not None:
+            collected, self._collected = self._collected, None
+            self._on_status(request, collected)
         if self._chunk_done:
             self._end_of_reply(request)
 
+    def _on_status(self, request: R, payload: bytearray) -> None:
+        only_one = bool(request.flags & NBD_CMD_FLAG_REQ_ONE)
+        number, pairs = parse_status(payload, self._extended, request.length, only_one)
+        name = self._names.get(number)
+        if name is None:
+            raise NbdProtocolError(f"block status of context {number}, which was not negotiated")
+        if request.status is None:
+            request.status = {}
+        elif name in request.status:
+            raise NbdProtocolError(f"block status of {name!r} came twice in reply to {request!r}")
+        request.status[name] = pairs
+
     def _end_of_reply(self, request: R) -> None:
-        if self._structured and not request.error and request.command == NBD_CMD_READ and request.filled != request.length:
-            raise NbdProtocolError(f"reply to {request!r} ends after {request.filled} bytes")
+        if self._structured and not request.error:
+            if request.command == NBD_CMD_READ:
+                if request.filled != request.length:
+                    raise NbdProtocolError(f"reply to {request!r} ends after {request.filled} bytes")
+            elif request.command == NBD_CMD_BLOCK_STATUS and (not request.status or request.context not in request.status):
+                raise NbdProtocolError(f"reply to {request!r} ends without a status of {request.context!r}")
         self._complete(request)
 
     def _complete(self, request: R) -> None:

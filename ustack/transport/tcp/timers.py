@@ -119,7 +119,8 @@ def _gives_up(conn: Connection, attempts: int) -> bool:
     config = conn.tcp.config
     user_timeout = conn.options.user_timeout
     if user_timeout and not conn.orphan:
-        over = conn.tcp.env.timers.now - conn.stalled_at >= user_timeout
+        # The sum that `_next_attempt` sets the timer to: a difference is rounded otherwise, and would be due again at once.
+        over = conn.tcp.env.timers.now >= conn.stalled_at + user_timeout
     else:
         over = attempts >= (config.orphan_retries if conn.orphan else config.retries2)
     if over:
