@@ -23,6 +23,11 @@ an address in its usual form ("" for any, when binding)."""
 _FOUR: Final = 4
 
 
+def family_of(host: str) -> int:
+    """AF_INET6 or AF_INET: which one the address `host` is written as. A name is taken for IPv4, which then refuses it."""
+    return names.AF_INET6 if ":" in host else names.AF_INET
+
+
 def _no_name(host: str, version: str) -> names.gaierror:
     return names.gaierror(names.EAI_NONAME, f"{host!r} is not an {version} address, and the stack has no name service")
 

@@ -30,6 +30,7 @@ from ustack.mem.page_flip import PageFlipper, Policy
 from ustack.mem.reaper import Reaper
 from ustack.mem.reserve import Budget, Demand, Reserve
 from ustack.mib import Mib
+from ustack.net.addresses import ANY4, ANY6
 from ustack.net.interface import Interface, InterfaceAddress, check_host
 from ustack.net.ip import Ip
 from ustack.net.ipv4 import Ipv4
@@ -165,11 +166,14 @@ class Stack:
         if (config.accept_ra or config.autoconf) and device.mtu >= MIN_MTU:
             self.ip6.add_interface(interface)
         if own is not None and gateway is not None:
-            router = pack_host(gateway, [interface])
-            table = self.ip.routes if own.version == 4 else self.ip6.routes
-            table.add(bytes(len(own.ip.packed)), 0, interface, router)
+            self._add_default_route(interface, gateway)
         self.pump.add(device)
         return interface
+
+    def _add_default_route(self, interface: Interface, gateway: str) -> None:
+        router = pack_host(gateway, [interface])
+        network = ANY4 if len(router) == len(ANY4) else ANY6
+        (self.ip.routes if network is ANY4 else self.ip6.routes).add(network, 0, interface, router)
 
     def _check_gateway(self, own: IPv4Interface | IPv6Interface, gateway: str) -> None:
         router = ip_address(gateway)
@@ -181,18 +185,22 @@ class Stack:
         if router.version != own.version or (router not in network and not link_local) or router in unusable:
             raise ValueError(f"gateway {gateway} is no other host on the network of {own.with_prefixlen}")
 
-    def add_address(self, interface: Interface, address: str) -> None:
-        """Have one more `address` ("10.0.0.3/24" or "fd00::3/64") on `interface`. An IPv6 address can be used once nobody has
-        objected to it, which takes a second.
+    def add_address(self, interface: Interface, address: str, gateway: str | None = None) -> None:
+        """Have one more `address` ("10.0.0.3/24" or "fd00::3/64") on `interface`, and route everything else of that version
+        through `gateway` if there is one. An IPv6 address can be used once nobody has objected to it, which takes a second.
 
-        Raises ValueError for what cannot be an address, or is ours already.
+        Raises ValueError for what cannot be an address, or is ours already, and for a gateway that cannot be used.
         """
         own = ip_interface(address)
         check_host(own.ip.packed, own.network.prefixlen)
+        if gateway is not None:
+            self._check_gateway(own, gateway)
         if own.version == 4:
             self.ip.add_address(interface, InterfaceAddress(own.ip.packed, own.network.prefixlen))
         else:
             self.ip6.add_interface(interface).add_address(own.ip.packed, own.network.prefixlen)
+        if gateway is not None:
+            self._add_default_route(interface, gateway)
 
     def add_route(self, network: str, via: str, metric: int = 0, congestion: str = "") -> None:
         """Send what is for `network` ("10.1.0.0/16" or "fd01::/64") to the router `via`, which must be a neighbour of ours; a

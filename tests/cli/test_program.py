@@ -68,7 +68,7 @@ def test_the_daemon_checks_a_file_without_starting(tmp_path: Path) -> None:
     file.write_text("[device]\n")
     done = CliRunner().invoke(main, ["daemon", "--check", "-c", str(file)])
     assert done.exit_code == 2
-    assert done.stderr == f"{file}: [device] name is missing\n{file}: [[address]] is missing\n"
+    assert done.stderr == f"{file}: [device] name is missing\n"
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.0456, "0.046"), (1.234, "1.23"), (12.34, "12.3"), (123.4, "123")])

@@ -8,6 +8,7 @@ import pytest
 
 from ustack.daemon.config import Config, load, parse
 from ustack.daemon.sections import ConfigError
+from ustack.net.ipv6 import Ipv6Config
 from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.udp import UdpConfig
 
@@ -77,6 +78,22 @@ def test_device_and_address_are_enough() -> None:
     assert config.udp_config() == UdpConfig()
 
 
+def test_routers_may_give_the_only_address() -> None:
+    config = parse("[device]\nname = 'tap0'\n[ipv6]\nautoconf = true\nstable_secret = 'a'\n", "u.toml")
+    assert config.ipv6_config() == Ipv6Config(autoconf=True, stable_secret="a")
+    assert config.addresses() == "addresses from routers"
+
+
+def test_addresses_of_both_versions_and_routers_for_each() -> None:
+    config = parse(
+        LEAST.rstrip()
+        + "\ngateway = '10.77.0.1'\n[[address]]\naddress = 'fd00::2/64'\ngateway = 'fe80::1'\n"
+        + "[[route]]\nnetwork = 'fd01::/64'\nvia = 'fd00::1'\n[[route]]\nnetwork = 'fd02::/64'\nvia = 'fe80::7'\n",
+        "u.toml",
+    )
+    assert config.addresses() == "10.77.0.2/24, fd00::2/64"
+
+
 def test_everything_can_be_said() -> None:
     config = parse(MOST, "u.toml")
     assert config.memory.size == 16 << 20
@@ -121,20 +138,27 @@ def test_every_fault_is_named_at_once() -> None:
         (LEAST + "[udp]\nmem_high = 'much'\n", '[udp] mem_high = "much": allowed is bytes, or a string with a unit'),
         (LEAST + "[tcp]\nretries2 = 0\n", "[tcp] retries2 = 0: allowed is more than 0"),
         (LEAST + "[tcp]\nretries2 = 1.5\n", "[tcp] retries2 = 1.5: allowed is an integer"),
-        (LEAST.replace("/24", ""), '[[address]] number 1, address = "10.77.0.2": allowed is an IPv4 address with its prefix'),
+        (LEAST.replace("/24", ""), '[[address]] number 1, address = "10.77.0.2": allowed is an address with its prefix'),
         (LEAST.replace("0.2/24", "0.0/24"), "10.77.0.0/24 names the network or everybody in it"),
         (LEAST.replace("0.2/24", "0.255/24"), "10.77.0.255/24 names the network or everybody in it"),
         (LEAST.replace("10.77.0.2/24", "224.0.0.1/24"), "224.0.0.1 cannot be the IPv4 address of an interface"),
         (LEAST + "gateway = '10.78.0.1'\n", 'gateway = "10.78.0.1": allowed is a host on our network, 10.77.0.0/24'),
         (LEAST + "gateway = '10.77.0.2'\n", "other than 10.77.0.2"),
         (LEAST + "gateway = '10.77.0.255'\n", 'gateway = "10.77.0.255": allowed is a host on our network'),
-        (LEAST + "[[address]]\naddress = '10.78.0.1/24'\n", "[address]: allowed is exactly one"),
+        (LEAST + "[[address]]\naddress = '10.77.0.2/16'\n", '[[address]] number 2, address = "10.77.0.2/16": allowed is each'),
+        (LEAST + "[[address]]\naddress = 'ff02::1/64'\n", "ff02::1 cannot be the IPv6 address of an interface"),
+        (LEAST + "[[address]]\naddress = 'fd00::/64'\n", "fd00::/64 names the network, not a host"),
+        (LEAST + "[[address]]\naddress = 'fd00::2/64'\ngateway = 'fd01::1'\n", "allowed is a host on our network, fd00::/64"),
+        (LEAST + "[[route]]\nnetwork = 'fd01::/64'\nvia = '10.77.0.1'\n", "allowed is a router of IPv6, as the network is"),
+        (LEAST + "[[route]]\nnetwork = 'fd01::/64'\nvia = 'fd00::1'\n", "allowed is a host on our network, none"),
+        (LEAST + "[ipv6]\naddr_gen_mode = 'mac'\n", '[ipv6] addr_gen_mode = "mac": allowed is "stable_privacy" or "eui64"'),
+        (LEAST + "[ipv6]\ndad_transmits = -1\n", "[ipv6] dad_transmits = -1: allowed is at least 0"),
         (
             LEAST + "[[route]]\nnetwork = '10.1.2.3/8'\nvia = '10.77.0.1'\n",
-            'network = "10.1.2.3/8": allowed is an IPv4 network',
+            'network = "10.1.2.3/8": allowed is a network without host bits',
         ),
         (LEAST + "[[route]]\nnetwork = '10.0.0.0/8'\nvia = '1.1.1.1'\n", 'via = "1.1.1.1": allowed is a host on our network'),
-        (LEAST + "[[nbd]]\nname = 'a'\nuri = 'nbd://server/'\n", "allowed is an NBD URI whose host is an IPv4 address"),
+        (LEAST + "[[nbd]]\nname = 'a'\nuri = 'nbd://server/'\n", "allowed is an NBD URI whose host is an address"),
         (LEAST + "[[nbd]]\nname = 'a'\nuri = 'http://10.0.0.1/'\n", "scheme is 'http'"),
         (
             LEAST + 2 * "[[nbd]]\nname = 'a'\nuri = 'nbd://10.0.0.1/'\n",

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import socket as names
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from ustack.aio.tls import TlsOptions, handshake, tls_protocol
+from ustack.sockaddr import family_of
 from ustack.socket import Host, Socket
 from ustack.transport.events import READABLE, SHUT_WR, WRITABLE
 
@@ -305,24 +307,26 @@ class StreamTransport(asyncio.Transport):
 
 
 class Server(asyncio.AbstractServer):
-    """A listening socket whose connections get a protocol each."""
+    """Listening sockets whose connections get a protocol each."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: Socket, factory: Callable[[], asyncio.BaseProtocol]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, listening: Iterable[Socket], factory: Callable[[], asyncio.BaseProtocol]
+    ) -> None:
         self._loop = loop
-        self._sock: Socket | None = sock
+        self._listening = tuple(listening)
         self._factory = factory
         self._closed: asyncio.Future[None] = loop.create_future()
 
     @property
     def sockets(self) -> tuple[Socket, ...]:
-        """The listening socket, while there is one."""
-        return () if self._sock is None else (self._sock,)
+        """The listening sockets, while there are any."""
+        return self._listening
 
-    def accept_waiting(self, _: int = READABLE) -> None:
-        """Accept whatever waits. What a new protocol raises ends its connection, not the server."""
-        while self._sock is not None:
+    def accept_waiting(self, listening: Socket, _: int = READABLE) -> None:
+        """Accept whatever waits at `listening`. What a new protocol raises ends its connection, not the server."""
+        while self._listening:
             try:
-                accepted, _peer = self._sock.accept_nowait()
+                accepted, _peer = listening.accept_nowait()
             except BlockingIOError:
                 return
             except OSError:
@@ -340,11 +344,11 @@ class Server(asyncio.AbstractServer):
 
     def close(self) -> None:
         """Listen no more. Connections that were accepted live on."""
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-            if not self._closed.done():
-                self._closed.set_result(None)
+        listening, self._listening = self._listening, ()
+        for sock in listening:
+            sock.close()
+        if not self._closed.done():
+            self._closed.set_result(None)
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         """The event loop that serves."""
@@ -352,7 +356,7 @@ class Server(asyncio.AbstractServer):
 
     def is_serving(self) -> bool:
         """Whether connections are accepted."""
-        return self._sock is not None
+        return bool(self._listening)
 
     async def start_serving(self) -> None:
         """Nothing to do: a server serves from the start."""
@@ -400,7 +404,7 @@ async def create_connection(
         )
     elif server_hostname is not None:
         raise ValueError("server_hostname is only meaningful with ssl")
-    sock = stack.socket()
+    sock = stack.socket(family_of(host))
     try:
         sock.setsockopt(names.IPPROTO_TCP, names.TCP_NODELAY, 1)
         sock.set_memalloc(memalloc)
@@ -434,8 +438,8 @@ async def create_server(
     ssl_handshake_timeout: int | None = None,
     ssl_shutdown_timeout: int | None = None,
 ) -> Server:
-    """Listen on `host` (None: every address) and `port` (0: any) over `stack`; each connection gets a protocol, with a TLS
-    transport when there is an `ssl` context (`loop.create_server`).
+    """Listen on `host` and `port` (0: any) over `stack`; each connection gets a protocol, with a TLS transport when there is an
+    `ssl` context (`loop.create_server`). `host` None or "" is every address: two sockets, where an interface speaks IPv6.
     """
     loop = asyncio.get_running_loop()
     factory = protocol_factory
@@ -445,14 +449,23 @@ async def create_server(
         def factory() -> asyncio.BaseProtocol:
             return tls_protocol(loop, protocol_factory(), tls)
 
-    sock = stack.socket()
+    families = [family_of(host)] if host else [names.AF_INET, names.AF_INET6] if stack.inet.v6.interfaces else [names.AF_INET]
+    listening: list[Socket] = []
     try:
-        sock.setsockopt(names.SOL_SOCKET, names.SO_REUSEADDR, reuse_address)
-        sock.bind((host or "", port))
-        sock.listen(backlog)
+        for family in families:
+            sock = stack.socket(family)
+            listening.append(sock)
+            sock.setsockopt(names.SOL_SOCKET, names.SO_REUSEADDR, reuse_address)
+            if family == names.AF_INET6:
+                sock.setsockopt(names.IPPROTO_IPV6, names.IPV6_V6ONLY, 1)
+            sock.bind((host or "", port))
+            port = sock.getsockname()[1]  # the same for both
+            sock.listen(backlog)
     except BaseException:
-        sock.close()
+        for sock in listening:
+            sock.close()
         raise
-    server = Server(loop, sock, factory)
-    sock.watch(server.accept_waiting)
+    server = Server(loop, listening, factory)
+    for sock in listening:
+        sock.watch(partial(server.accept_waiting, sock))
     return server

@@ -41,7 +41,8 @@ def ping(
     """
     try:
         with Control(control) as daemon:
-            click.echo(f"PING {host} ({host}) {size}({size + 28}) bytes of data.")
+            whole = f"{size} data bytes" if ":" in host else f"{size}({size + 28}) bytes of data."
+            click.echo(f"PING {host} ({host}) {whole}")
             daemon.send(
                 "ping", host=host, count=count, interval=interval, size=size, timeout=timeout, ttl=ttl, pmtudisc=pmtudisc
             )

@@ -75,12 +75,15 @@ def _aligned(row: list[str], widths: list[int]) -> str:
 
 
 def _row(each: dict[str, Any], with_protocol: bool) -> list[str]:
-    cells = [each["state"], str(each["recv_q"]), str(each["send_q"]), _address(each["local"]), _address(each["peer"])]
+    local = each["local"]
+    peer = each["peer"] or ["*" if local[0] == "*" else "::" if ":" in local[0] else "0.0.0.0", "*"]
+    cells = [each["state"], str(each["recv_q"]), str(each["send_q"]), _address(local), _address(peer)]
     return [each["protocol"], *cells] if with_protocol else cells
 
 
-def _address(address: list[Any] | None) -> str:
-    return "0.0.0.0:*" if address is None else f"{address[0]}:{address[1]}"
+def _address(address: list[Any]) -> str:
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _memory(memory: dict[str, Any]) -> str:

@@ -24,7 +24,8 @@ def status(as_json: bool, control: str) -> None:
     )
     for link in report["devices"]:
         stats = link["stats"]
-        click.echo(f"{link['name']}: {link['address']}, {link['mac']}, mtu {link['mtu']}")
+        addresses = "".join(f"{_address(own)}, " for own in link["addresses"])
+        click.echo(f"{link['name']}: {addresses}{link['mac']}, mtu {link['mtu']}")
         click.echo(f"    received {stats['rx_packets']} frames, {stats['rx_bytes']} bytes; ", nl=False)
         click.echo(f"sent {stats['tx_packets']} frames, {stats['tx_bytes']} bytes, {stats['tx_errors']} errors")
         for neighbour in link["neighbours"]:
@@ -46,6 +47,10 @@ def _file(fuse: dict[str, Any]) -> str:
     """The disk as a file, and what it was asked for."""
     waiting = f", {fuse['in_flight']} waiting, the oldest for {fuse['oldest']:.1f} s" if fuse["in_flight"] else ""
     return f"file {fuse['path']}: {fuse['reads']} reads, {fuse['writes']} writes, {fuse['errors']} errors{waiting}"
+
+
+def _address(own: dict[str, str]) -> str:
+    return own["address"] if own["state"] == "preferred" else f"{own['address']} ({own['state']})"
 
 
 def _print_memory(memory: dict[str, Any]) -> None:

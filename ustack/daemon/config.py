@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, fields
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface, ip_network
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
 
@@ -21,6 +21,7 @@ from ustack.daemon.sections import ConfigError, Section, as_size, parse_toml, pl
 from ustack.daemon.size import EXAMPLES
 from ustack.nbd.uri import NbdUri
 from ustack.net.interface import check_host
+from ustack.net.ipv6 import Ipv6Config
 from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.udp import UdpConfig
 
@@ -39,8 +40,8 @@ MEMORY_MIN: Final = 1 << 20
 
 
 def _interface_address(value: object) -> object:
-    allowed = 'an IPv4 address with its prefix length, such as "10.77.0.2/24"'
-    own = IPv4Interface(_as(IPv4Interface, value, allowed, needs="/"))
+    allowed = 'an address with its prefix length, such as "10.77.0.2/24" or "fd00:77::2/64"'
+    own = ip_interface(_as(ip_interface, value, allowed, needs="/"))
     try:
         check_host(own.ip.packed, own.network.prefixlen)
     except ValueError as error:
@@ -49,14 +50,14 @@ def _interface_address(value: object) -> object:
 
 
 def _host_address(value: object) -> object:
-    return _as(IPv4Address, value, 'an IPv4 address, such as "10.77.0.1"')
+    return _as(ip_address, value, 'an address, such as "10.77.0.1" or "fd00:77::1"')
 
 
 def _network(value: object) -> object:
-    return _as(IPv4Network, value, 'an IPv4 network without host bits, such as "10.1.0.0/16"', needs="/")
+    return _as(ip_network, value, 'a network without host bits, such as "10.1.0.0/16" or "fd01::/64"', needs="/")
 
 
-def _as(kind: Callable[[str], object], value: object, allowed: str, needs: str = "") -> str:
+def _as(kind: Callable[[str], Any], value: object, allowed: str, needs: str = "") -> str:
     """Check by `kind`, and keep the string as it is."""
     try:
         if not isinstance(value, str) or needs not in value:
@@ -111,7 +112,7 @@ def _uri(value: object) -> object:
     except ValueError as error:
         raise ValueError(f'an NBD URI, such as "nbd://10.77.0.1/disk" ({error})') from None
     if uri.socket is None:
-        _as(IPv4Address, uri.host, "an NBD URI whose host is an IPv4 address: the stack has no name service")
+        _as(ip_address, uri.host, "an NBD URI whose host is an address: the stack has no name service")
     return value
 
 
@@ -147,12 +148,12 @@ class Device(Section):
 
 
 class Address(Section):
-    """The stack's address on the device. As yet there is exactly one."""
+    """An address of the stack on the device. There may be several, and none where routers give one (`[ipv6] autoconf`)."""
 
     address: Annotated[str, BeforeValidator(_interface_address)]
-    """IPv4 address and prefix length."""
+    """IPv4 or IPv6 address and prefix length. An IPv6 address can be used once nobody has objected to it for a second."""
     gateway: Annotated[str, BeforeValidator(_host_address)] | None = None
-    """Router for everything that no route covers. Default: none."""
+    """Router for everything of that version that no route covers; of IPv6 it may be link-local. Default: none."""
 
 
 class Route(Section):
@@ -161,7 +162,7 @@ class Route(Section):
     network: Annotated[str, BeforeValidator(_network)]
     """Where the route leads."""
     via: Annotated[str, BeforeValidator(_host_address)]
-    """The router, which must be on the network of an address of ours."""
+    """The router, which must be on the network of an address of ours, or link-local."""
     metric: Annotated[int, Field(ge=0)] = 0
     """Of two routes to the same network the one with the lower metric is taken."""
     congestion: Literal["", "reno", "newreno", "cubic", "bbr"] = ""
@@ -243,8 +244,11 @@ class Service(Section):
 
 
 CongestionName = Literal["reno", "newreno", "cubic", "bbr"]
-SWITCHES: Final = frozenset({"ecn", "syncookies", "fastopen"})
+SWITCHES: Final = frozenset({"ecn", "syncookies", "fastopen", "dad_transmits", "max_addresses", "router_solicitations"})
 """Settings of which 0 means off."""
+
+CHOICES: Final[dict[str, Any]] = {"addr_gen_mode": Literal["stable_privacy", "eui64"]}
+"""Settings that are one of a few names."""
 
 
 def _section_of(settings: type, name: str, doc: str) -> type[Section]:
@@ -254,7 +258,9 @@ def _section_of(settings: type, name: str, doc: str) -> type[Section]:
     for field in fields(settings):
         assert field.default is not MISSING
         kind: Any = hints[field.name]
-        if kind is bool:
+        if field.name in CHOICES:
+            kind = CHOICES[field.name]
+        elif kind is bool or kind is str:
             pass
         elif field.name == "congestion":
             kind = CongestionName
@@ -272,9 +278,11 @@ def _section_of(settings: type, name: str, doc: str) -> type[Section]:
 
 
 if TYPE_CHECKING:
+    Ipv6 = Section
     Tcp = Section
     Udp = Section
 else:
+    Ipv6 = _section_of(Ipv6Config, "Ipv6", "What routers may say, and how our own IPv6 addresses are made.")
     Tcp = _section_of(TcpConfig, "Tcp", "Limits and times of TCP.")
     Udp = _section_of(UdpConfig, "Udp", "Limits of UDP.")
 
@@ -289,17 +297,28 @@ ASCENDING: Final = (
 
 
 class Config(Section):
-    """A whole configuration file. `tcp` has the fields of `TcpConfig`, `udp` those of `UdpConfig`."""
+    """A whole configuration file. `ipv6` has the fields of `Ipv6Config`, `tcp` those of `TcpConfig`, `udp` those of
+    `UdpConfig`.
+    """
 
     device: Device
-    address: Annotated[list[Address], Field(min_length=1, max_length=1)]
-    route: list[Route] = []  # noqa: RUF012 (pydantic copies it)
+    address: list[Address] = []  # noqa: RUF012 (pydantic copies it)
+    route: list[Route] = []  # noqa: RUF012
+    ipv6: Ipv6 = Ipv6()
     memory: Memory = Memory()
     tcp: Tcp = Tcp()
     udp: Udp = Udp()
     nbd: list[Nbd] = []  # noqa: RUF012
     control: Control = Control()
     service: Service = Service()
+
+    def addresses(self) -> str:
+        """The stack's addresses, for people."""
+        return ", ".join(own.address for own in self.address) or "addresses from routers"
+
+    def ipv6_config(self) -> Ipv6Config:
+        """The section `ipv6` as the stack takes it."""
+        return Ipv6Config(**self.ipv6.model_dump())
 
     def tcp_config(self) -> TcpConfig:
         """The section `tcp` as the stack takes it."""
@@ -336,14 +355,9 @@ def parse(text: str, origin: str) -> Config:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """What is right by itself and wrong together."""
-    own = config.address[0]
-    ours = IPv4Interface(own.address)
-    allowed = f"allowed is a host on our network, {ours.network}, other than {ours.ip}"
-    if own.gateway is not None and not _neighbour(ours, own.gateway):
-        yield f"[[address]] number 1, gateway = {toml_value(own.gateway)}: {allowed}"
-    for number, route in enumerate(config.route):
-        if not _neighbour(ours, route.via):
-            yield f"{place(('route', number), 'via')} = {toml_value(route.via)}: {allowed}"
+    if not config.address and not config.ipv6_config().autoconf:
+        yield "[[address]] is missing: allowed is none only with [ipv6] autoconf = true"
+    yield from _unreachable_routers(config)
     names = [nbd.name for nbd in config.nbd]
     for number, name in enumerate(names):
         if name in names[:number]:
@@ -379,18 +393,44 @@ def _descents(name: str, section: Section) -> Iterator[str]:
                 yield f"[{name}] {lower} = {least}: allowed is at most {upper}, {most}"
 
 
-def _neighbour(ours: IPv4Interface, router: str) -> bool:
-    """Whether `router` can be another host on the network of `ours`."""
+def _unreachable_routers(config: Config) -> Iterator[str]:
+    """Addresses that we have twice, and routers that are no other host on a network of ours."""
+    all_ours = [ip_interface(own.address) for own in config.address]
+    for number, (own, ours) in enumerate(zip(config.address, all_ours, strict=True)):
+        if ours.ip in (other.ip for other in all_ours[:number]):
+            yield f"{place(('address', number), 'address')} = {toml_value(own.address)}: allowed is each address only once"
+        if own.gateway is not None and not _neighbour(ours, own.gateway):
+            allowed = f"allowed is a host on our network, {ours.network}, other than {ours.ip}"
+            yield f"{place(('address', number), 'gateway')} = {toml_value(own.gateway)}: {allowed}"
+    for number, route in enumerate(config.route):
+        where = f"{place(('route', number), 'via')} = {toml_value(route.via)}"
+        version = ip_network(route.network).version
+        if ip_address(route.via).version != version:
+            yield f"{where}: allowed is a router of IPv{version}, as the network is"
+        elif not (version == 6 and ip_address(route.via).is_link_local) and not any(_neighbour(x, route.via) for x in all_ours):
+            networks = ", ".join(str(ours.network) for ours in all_ours if ours.version == version) or "none"
+            ips = ", ".join(str(ours.ip) for ours in all_ours if ours.version == version)
+            yield f"{where}: allowed is a host on our network, {networks}, other than {ips}"
+
+
+def _neighbour(ours: IPv4Interface | IPv6Interface, router: str) -> bool:
+    """Whether `router` can be another host on the network of `ours`, or on its link."""
+    address = ip_address(router)
+    if address.version != ours.version:
+        return False
     network = ours.network
-    unusable = [ours.ip] if network.prefixlen >= 31 else [ours.ip, network.network_address, network.broadcast_address]
-    address = IPv4Address(router)
-    return address in network and address not in unusable
+    unusable = {ours.ip}
+    if ours.version == 4 and network.prefixlen < 31:
+        unusable |= {network.network_address, network.broadcast_address}
+    link_local = ours.version == 6 and address.is_link_local
+    return (address in network or link_local) and address not in unusable
 
 
 SECTIONS: Final[dict[str, type[Section]]] = {
     "device": Device,
     "address": Address,
     "route": Route,
+    "ipv6": Ipv6,
     "memory": Memory,
     "tcp": Tcp,
     "udp": Udp,

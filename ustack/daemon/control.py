@@ -36,7 +36,7 @@ from ustack.daemon.ping import PingSeries
 from ustack.daemon.relay import DatagramEnd, StreamEnd, accept_datagrams
 from ustack.link.sniffer import SNAPLEN_MAX
 from ustack.net import addresses
-from ustack.sockaddr import pack_host, unpack_host
+from ustack.sockaddr import family_of, pack_host, unpack_host
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -291,7 +291,7 @@ class Session(asyncio.Protocol):
         stack = self._server.stack
         if map:
             self._check_map(udp)
-            stream = stack.socket()
+            stream = stack.socket(family_of(host))
             try:
                 stream.set_memalloc(memalloc)
                 await stream.connect((host, port))
@@ -325,7 +325,7 @@ class Session(asyncio.Protocol):
         stack = self._server.stack
         if map:
             self._check_map(udp)
-            with stack.socket() as listener:
+            with stack.socket(family_of(host or "")) as listener:
                 listener.bind((host or "", port))
                 listener.listen(1)
                 self._answer(ok={"local": listener.getsockname()})

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from ipaddress import IPv4Network
+from ipaddress import ip_network
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -86,7 +86,7 @@ class Daemon:
         self._attach()
         gc.collect()
         gc.freeze()  # what exists now stays: the collector need not look at it again
-        log.info("%s: %s on %s, control socket %s", self.path, config.address[0].address, config.device.name, control_path)
+        log.info("%s: %s on %s, control socket %s", self.path, config.addresses(), config.device.name, control_path)
         self._say_status("READY=1")
         await self._stop.wait()
 
@@ -105,6 +105,7 @@ class Daemon:
                 zero_copy=None if memory.zero_copy == "off" else memory.zero_copy,
                 tcp=config.tcp_config(),
                 udp=config.udp_config(),
+                ipv6=config.ipv6_config(),
             )
         except OSError as error:
             if memory.lock and error.errno in (errno.ENOMEM, errno.EPERM):
@@ -112,7 +113,9 @@ class Daemon:
                 raise OSError(error.errno, f"{error.strerror}; {hint}") from None
             raise
         try:
-            stack.add_interface(self._open_tap(), config.address[0].address, config.address[0].gateway)
+            interface = stack.add_interface(self._open_tap())
+            for own in config.address:
+                stack.add_address(interface, own.address, own.gateway)
             for route in config.route:
                 stack.add_route(route.network, route.via, route.metric, route.congestion)
         except ValueError as error:
@@ -154,7 +157,7 @@ class Daemon:
     def _say_status(self, *more: str) -> None:
         attached = sum(attachment.state == "attached" for attachment in self._attachments.values())
         exports = f", {attached} of {len(self._attachments)} exports attached" if self._attachments else ""
-        notify(*more, f"STATUS={self.config.address[0].address} on {self.config.device.name}{exports}")
+        notify(*more, f"STATUS={self.config.addresses()} on {self.config.device.name}{exports}")
 
     def _attach(self) -> None:
         for nbd in self.config.nbd:
@@ -238,8 +241,8 @@ class Daemon:
         self._attach()
 
     def _remove_route(self, route: Route) -> None:
-        network = IPv4Network(route.network)
-        table = self._stack.ip.routes
+        network = ip_network(route.network)
+        table = self._stack.ip.routes if network.version == 4 else self._stack.ip6.routes
         for each in list(table):
             if (each.network, each.prefix_len, each.metric) == (
                 network.network_address.packed,
@@ -287,6 +290,7 @@ def _fixed_changes(old: Config, new: Config) -> Iterator[str]:
         ("device", list(type(old.device).model_fields)),
         ("memory", ["pool", "size", "lock", "capture", "zero_copy"]),
         ("tcp", MEM_KEYS),
+        ("ipv6", list(type(old.ipv6).model_fields)),
         ("udp", list(type(old.udp).model_fields)),
         ("control", list(type(old.control).model_fields)),
     ):

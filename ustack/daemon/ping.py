@@ -1,4 +1,6 @@
-"""A series of echo requests (RFC 792), as `ping` sends them: one every interval, replies matched by sequence number."""
+"""A series of echo requests (RFC 792; RFC 4443, section 4), as `ping` sends them: one every interval, replies matched by their
+sequence number.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ustack.net.path import PMTUDISC_DO, PMTUDISC_DONT, PMTUDISC_PROBE, PMTUDISC_WANT
 from ustack.sockaddr import pack_host, unpack_host
-from ustack.wire import icmp
+from ustack.wire import icmp, icmpv6
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ustack.net.icmp import Echo
+    from ustack.net.icmpv6 import Echo6
     from ustack.stack import Stack
 
 PAYLOAD_MAX: Final = 65507
@@ -37,6 +40,17 @@ _UNREACHABLE: Final = {
     3: "Destination Port Unreachable",
     4: "Frag needed and DF set",
 }
+
+_UNREACHABLE6: Final = {
+    0: "Destination unreachable: No route",
+    1: "Destination unreachable: Administratively prohibited",
+    2: "Destination unreachable: Beyond scope of source address",
+    3: "Destination unreachable: Address unreachable",
+    4: "Destination unreachable: Port unreachable",
+    5: "Destination unreachable: Source address failed ingress/egress policy",
+    6: "Destination unreachable: Reject route to destination",
+}
+"""As ping says it of IPv6."""
 
 
 class PingSeries:
@@ -60,7 +74,9 @@ class PingSeries:
         pmtudisc: str = "want",
         report: Callable[[dict[str, Any]], None],
     ) -> None:
-        """Raises gaierror when `host` is not an address, ValueError for a size, a count or a time that cannot be."""
+        """Raises gaierror when `host` is not an address, OSError EINVAL or ENODEV for a link-local one on no link of ours,
+        ValueError for a size, a count or a time that cannot be.
+        """
         if not 0 <= size <= PAYLOAD_MAX:
             raise ValueError(f"a payload has 0 to {PAYLOAD_MAX} bytes, not {size}")
         if (count is not None and count < 1) or interval < INTERVAL_MIN or timeout < 0:
@@ -69,9 +85,7 @@ class PingSeries:
             raise ValueError(f"a time to live is at most 255, not {ttl}")
         if pmtudisc not in PMTUDISC:
             raise ValueError(f"pmtudisc is one of {', '.join(PMTUDISC)}, not {pmtudisc!r}")
-        packed = pack_host(host)
-        if packed is None:
-            raise ValueError(f"{host!r} is no address to ping")
+        packed = pack_host(host, stack.interfaces)
         self._stack = stack
         self._dst = packed
         self._count = count
@@ -88,8 +102,14 @@ class PingSeries:
         self.sent = self.received = self.duplicates = self.errors = 0
 
     async def run(self) -> dict[str, Any]:
-        """Send the series and return what became of it: counts, and `time` in seconds. Raises the OSErrors of `Ipv4.path`."""
-        echo = self._stack.ip.icmp.open_echo(self._on_reply, self._on_error)
+        """Send the series and return what became of it: counts, and `time` in seconds. Raises the OSErrors of
+        `IpLayer.path`.
+        """
+        echo: Echo | Echo6
+        if len(self._dst) == 4:
+            echo = self._stack.ip.icmp.open_echo(self._on_reply, self._on_error)
+        else:
+            echo = self._stack.ip6.icmp.open_echo(self._on_reply, self._on_error6)
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
@@ -122,7 +142,7 @@ class PingSeries:
             async with asyncio.timeout(max(seconds, 0)):
                 await self._done.wait()
 
-    def _send(self, echo: Echo) -> None:
+    def _send(self, echo: Echo | Echo6) -> None:
         self.sent += 1
         on_wire = self.sent & _MASK
         self._waiting[on_wire] = (self.sent, perf_counter())
@@ -167,6 +187,16 @@ class PingSeries:
         if kind == icmp.ICMP_TIME_EXCEEDED:
             what = "Frag reassembly time exceeded" if code == icmp.ICMP_EXC_FRAGTIME else "Time to live exceeded"
         elif kind == icmp.ICMP_PARAMETERPROB:
+            what = "Parameter problem"
+        self._forget(seq, what, reporter)
+
+    def _on_error6(self, kind: int, code: int, dst: bytes, seq: int, reporter: bytes) -> None:
+        what = _UNREACHABLE6.get(code, f"Destination unreachable: Unknown code {code}")
+        if kind == icmpv6.ICMPV6_PKT_TOOBIG:
+            what = "Packet too big"
+        elif kind == icmpv6.ICMPV6_TIME_EXCEED:
+            what = f"Time exceeded: {'Defragmentation failure' if code else 'Hop limit'}"
+        elif kind == icmpv6.ICMPV6_PARAMPROB:
             what = "Parameter problem"
         self._forget(seq, what, reporter)
 

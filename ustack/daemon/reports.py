@@ -6,11 +6,12 @@ Sizes are bytes, times seconds. Names are those of the kernel's tools where thes
 from __future__ import annotations
 
 import errno
-from socket import AF_INET, inet_ntop
+from itertools import chain
 from sys import maxsize
 from typing import TYPE_CHECKING, Any
 
 from pools.arena import PAGE_SHIFT
+from ustack.net.addresses import text
 from ustack.net.neighbour import STATE_NAMES
 from ustack.transport.tcp.connection import Connection
 from ustack.transport.tcp.info import tcp_info
@@ -18,6 +19,7 @@ from ustack.transport.tcp.info import tcp_info
 if TYPE_CHECKING:
     from ustack.mem.protocol import ProtocolMemory
     from ustack.mem.socket import SocketMemory
+    from ustack.net.interface import Interface
     from ustack.stack import Stack
     from ustack.transport.tcp.protocol import Tcp
     from ustack.transport.tcp.timewait import TimeWait
@@ -30,10 +32,10 @@ def nstat(stack: Stack) -> dict[str, dict[str, int]]:
 
 def slabinfo(stack: Stack) -> str:
     """The pool's caches as /proc/slabinfo has them. Raises OSError EOPNOTSUPP for a pool without caches."""
-    text = getattr(stack.pool, "slabinfo", None)
-    if text is None:
+    report = getattr(stack.pool, "slabinfo", None)
+    if report is None:
         raise OSError(errno.EOPNOTSUPP, f"the pool {stack.pool.name} has no slabs")
-    return str(text())
+    return str(report())
 
 
 def memory(stack: Stack) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def devices(stack: Stack) -> list[dict[str, Any]]:
                 "name": link.name,
                 "mac": link.mac.hex(":"),
                 "mtu": link.mtu,
-                "address": f"{_text(interface.address)}/{interface.prefix_len}",
+                "addresses": _addresses(interface),
                 "stats": {name: getattr(stats, name) for name in dir(stats) if not name.startswith("_")},
                 "neighbours": [
                     {
@@ -139,16 +141,27 @@ def devices(stack: Stack) -> list[dict[str, Any]]:
                         "lladdr": neighbour.lladdr.hex(":") if neighbour.lladdr else None,
                         "state": STATE_NAMES[neighbour.state],
                     }
-                    for neighbour in interface.neighbours
+                    for neighbour in chain(interface.neighbours, interface.inet6.neighbours if interface.inet6 else ())
                 ],
             }
         )
     return found
 
 
+def _addresses(interface: Interface) -> list[dict[str, str]]:
+    """Each with its prefix length, and its state (RFC 4862, section 5.5.4); one of IPv4 is always preferred."""
+    found = [{"address": f"{_text(own.address)}/{own.prefix_len}", "state": "preferred"} for own in interface.addresses]
+    inet6 = interface.inet6
+    if inet6 is not None:
+        for each in inet6.addresses.values():
+            found.append({"address": f"{_text(each.address[:16])}/{each.prefix_len}", "state": each.state})
+        found += [{"address": _text(address[:16]), "state": "duplicate"} for address in inet6.failed]
+    return found
+
+
 def routes(stack: Stack) -> list[str]:
-    """The routes, the most specific first."""
-    return [str(route) for route in stack.ip.routes]
+    """The routes of IPv4 and of IPv6, the most specific first."""
+    return [str(route) for route in chain(stack.ip.routes, stack.ip6.routes)]
 
 
 # -- sockets -----------------------------------------------------------------------------------------------------------------
@@ -255,4 +268,5 @@ def _time_wait(wait: TimeWait) -> dict[str, Any]:
 
 
 def _text(address: bytes | None) -> str:
-    return "0.0.0.0" if address is None else inet_ntop(AF_INET, address)
+    """An address; "*" stands for all of ours, of both versions."""
+    return "*" if address is None else text(address)

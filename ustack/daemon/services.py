@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
+from ustack.net.addresses import ANY4
 from ustack.transport.events import READABLE
 
 if TYPE_CHECKING:
@@ -109,8 +110,9 @@ class _UdpEcho:
 
     def __init__(self, stack: Stack, port: int) -> None:
         """Raises OSError EADDRINUSE."""
-        self._socket = stack.udp.socket()
-        self._socket.bind(bytes(4), port)
+        everybody = None if stack.ip6.interfaces else ANY4
+        self._socket = stack.udp.socket(wildcard=everybody)
+        self._socket.bind(everybody, port)
         self._socket.wake = self._on_wake
 
     def _on_wake(self, mask: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from ustack.drops import DropReason
 from ustack.net.addresses import ANY6, with_zone
 from ustack.net.icmp_limit import ErrorLimiter
+from ustack.net.path import PMTUDISC_DO, PMTUDISC_WANT
 from ustack.wire import ethernet, icmpv6, ipv6
 from ustack.wire.checksum import finish, ones_sum_views, pseudo_v6
 
@@ -63,7 +64,7 @@ class Icmpv6:
     of ICMPv6; `memalloc_owners` are those of `Icmp`.
     """
 
-    __slots__ = ("_drops", "_echoes", "_ipv6", "_limit", "_mib", "error_handlers", "memalloc_owners")
+    __slots__ = ("_drops", "_echoes", "_ipv6", "_limit", "_mib", "_reporter", "error_handlers", "memalloc_owners")
 
     def __init__(self, ipv6_layer: Ipv6) -> None:
         self._ipv6 = ipv6_layer
@@ -71,6 +72,7 @@ class Icmpv6:
         self._mib = ipv6_layer.env.mib
         self._limit = ErrorLimiter(ipv6_layer.env)
         self._echoes: dict[int, Echo6] = {}
+        self._reporter = ANY6  # who sent the error that is being processed
         self.error_handlers: dict[int, ErrorHandler] = {ipv6.NEXTHDR_ICMP: self._on_echo_error}
         self.memalloc_owners: dict[int, MemallocOwner] = {}
 
@@ -171,6 +173,7 @@ class Icmpv6:
                 self._drops.count(DropReason.PFMEMALLOC)
                 return
         handler = self.error_handlers.get(proto)
+        self._reporter = packet.src
         if handler is None or not handler(kind, code, word if too_big else 0, src, dst, l4):
             self._refuse(DropReason.ICMP_MALFORMED)
         elif too_big:
@@ -201,6 +204,7 @@ class Icmpv6:
             src = with_zone(header.src, interface.zone)
             if self._ipv6.addresses.get(src) is interface:
                 dst = with_zone(header.dst, interface.zone)
+                self._reporter = src
                 handler(icmpv6.ICMPV6_DEST_UNREACH, icmpv6.ADDR_UNREACH, 0, src, dst, l4)
                 return
 
@@ -271,7 +275,7 @@ class Icmpv6:
     # -- echo of our own --
 
     def open_echo(
-        self, on_reply: Callable[[bytes, int, bytes, int], None], on_error: Callable[[int, int, bytes, int], None]
+        self, on_reply: Callable[[bytes, int, bytes, int], None], on_error: Callable[[int, int, bytes, int, bytes], None]
     ) -> Echo6:
         """An echo client with an identifier of its own; see `Icmp.open_echo`. The types and codes are those of ICMPv6."""
         if len(self._echoes) > 0xFFFF:
@@ -287,18 +291,21 @@ class Icmpv6:
         echo = self._echoes.get(ident)
         if quoted_kind != icmpv6.ICMPV6_ECHO_REQUEST or echo is None:
             return False
-        echo.on_error(kind, code, dst, seq)
+        echo.on_error(kind, code, dst, seq, self._reporter)
         return True
 
-    def send_echo(self, ident: int, dst: bytes, seq: int, payload: Buffer, ttl: int) -> bool:
+    def send_echo(self, ident: int, dst: bytes, seq: int, payload: Buffer, ttl: int, pmtudisc: int) -> bool:
         """Send an echo request; see `Echo6.send`."""
         path = self._ipv6.path(dst)
+        fits = ipv6.HEADER_LEN + icmpv6.HEADER_LEN + len(payload) <= path.mtu
+        if not fits and pmtudisc >= PMTUDISC_DO:
+            raise OSError(errno.EMSGSIZE, f"{os.strerror(errno.EMSGSIZE)}, mtu={path.mtu}")
         word = ident << 16 | seq
         header = icmpv6.build_header(path.src[:16], dst[:16], icmpv6.ICMPV6_ECHO_REQUEST, 0, word, (payload,))
         path.head[path.l4 : path.l4 + icmpv6.HEADER_LEN] = header
         self._mib.Icmp6OutMsgs += 1
         self._mib.Icmp6OutEchos += 1
-        return path.send(ipv6.NEXTHDR_ICMP, icmpv6.HEADER_LEN, (payload,), len(payload), ttl=ttl)
+        return path.send(ipv6.NEXTHDR_ICMP, icmpv6.HEADER_LEN, (payload,), len(payload), ttl=ttl, df=fits)
 
     def close_echo(self, ident: int) -> None:
         """End the echo client with the identifier `ident`."""
@@ -315,19 +322,16 @@ class Echo6:
         layer: Icmpv6,
         ident: int,
         on_reply: Callable[[bytes, int, bytes, int], None],
-        on_error: Callable[[int, int, bytes, int], None],
+        on_error: Callable[[int, int, bytes, int, bytes], None],
     ) -> None:
         self._icmp = layer
         self.ident = ident
         self.on_reply = on_reply
         self.on_error = on_error
 
-    def send(self, dst: bytes, seq: int, payload: Buffer = b"", ttl: int = 0) -> bool:
-        """Ask `dst` (packed) with the sequence number `seq` (16 bits); False when the request was dropped here.
-
-        Raises the OSErrors of `IpLayer.path`.
-        """
-        return self._icmp.send_echo(self.ident, dst, seq, payload, ttl)
+    def send(self, dst: bytes, seq: int, payload: Buffer = b"", ttl: int = 0, pmtudisc: int = PMTUDISC_WANT) -> bool:
+        """Ask `dst` (packed) with the sequence number `seq` (16 bits); see `Echo.send`."""
+        return self._icmp.send_echo(self.ident, dst, seq, payload, ttl, pmtudisc)
 
     def close(self) -> None:
         """Call nobody any more, and free the identifier."""
