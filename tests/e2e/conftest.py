@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 
     from tests.netns import Namespace
     from ustack.link.simwire import Impairments
+    from ustack.net.ipv6 import Ipv6Config
     from ustack.socket import Socket
 
 OURS: Final = "10.77.0.2"
 KERNEL: Final = "10.77.0.1"
+OURS6: Final = "fd00:77::2"
+KERNEL6: Final = "fd00:77::1"
 
 PROBES: Final = frozenset({"TCP_OLD_DATA"})
 """Drops that only mean that we were slow: the kernel has probed for a lost tail (RFC 8985, section 7)."""
@@ -41,10 +44,11 @@ class StackOnTap(Protocol):
         offload: bool = True,
         mtu: int = 1500,
         wire: tuple[Impairments, int] | None = None,
+        ipv6: Ipv6Config | None = None,
         **options: Any,
     ) -> Stack:
         """`mode`, `offload`: see TapDevice; `options`: see Stack; `mtu` in bytes, of both sides. `wire`: what happens to frames
-        in both directions, and the seed of that.
+        in both directions, and the seed of that. With `ipv6` we have the address OURS6 as well, and the kernel has KERNEL6.
         """
 
 
@@ -73,12 +77,13 @@ async def stack_on_tap(netns: Namespace) -> AsyncIterator[StackOnTap]:
             offload: bool = True,
             mtu: int = 1500,
             wire: tuple[Impairments, int] | None = None,
+            ipv6: Ipv6Config | None = None,
             **options: Any,
         ) -> Stack:
-            netns.sysctl("net.ipv6.conf.default.disable_ipv6", 1)
+            netns.sysctl("net.ipv6.conf.default.disable_ipv6", int(ipv6 is None))
             netns.netlink(lambda ip: ip.link("add", ifname="tap0", kind="tuntap", mode="tap"))
-            netns.set_up("tap0", f"{KERNEL}/24", mtu=mtu)
-            stack = Stack(**options)
+            netns.set_up("tap0", f"{KERNEL}/24", *([] if ipv6 is None else [f"{KERNEL6}/64"]), mtu=mtu)
+            stack = Stack(ipv6=ipv6, **options)
             leaks.watch(lambda: held_by(stack))
             leaks.watch_pool(stack.pool)
             await running.enter_async_context(stack)
@@ -89,6 +94,8 @@ async def stack_on_tap(netns: Namespace) -> AsyncIterator[StackOnTap]:
                 behind = ImpairedTap(tap, wire[0], seed=wire[1])
                 stack.add_interface(behind, f"{OURS}/24")
                 behind.start(stack)
+            if ipv6 is not None:
+                stack.add_address(stack.interfaces[0], f"{OURS6}/64")
             # A link whose carrier has just come loses what is sent to it until the kernel has noticed.
             await until(lambda: netns.netlink(lambda ip: ip.link("get", ifname="tap0"))[0].get("operstate") == "UP")
             return stack
@@ -108,18 +115,18 @@ def held_by(stack: Stack) -> list[str]:
     return found
 
 
-def listen(stack: Stack, port: int = 80) -> Socket:
+def listen(stack: Stack, port: int = 80, family: int = socket.AF_INET) -> Socket:
     """A socket of ours that listens on every address."""
-    listener = stack.socket()
+    listener = stack.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("", port))
     listener.listen()
     return listener
 
 
-def kernel_socket(netns: Namespace, kind: int = socket.SOCK_STREAM) -> socket.socket:
+def kernel_socket(netns: Namespace, kind: int = socket.SOCK_STREAM, family: int = socket.AF_INET) -> socket.socket:
     """A socket of the kernel's for the event loop."""
-    sock = netns.open(socket.socket, socket.AF_INET, kind)
+    sock = netns.open(socket.socket, family, kind)
     sock.setblocking(False)
     return sock
 

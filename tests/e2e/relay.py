@@ -35,11 +35,11 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 @asynccontextmanager
-async def relay(stack: Stack, port: int, to: int | None = None) -> AsyncIterator[None]:
-    """Our `port` leads to the kernel's port `to`, or to the same."""
+async def relay(stack: Stack, port: int, to: int | None = None, host: str = KERNEL) -> AsyncIterator[None]:
+    """Our `port` leads to the kernel's port `to` on its address `host`, or to the same port."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        onward_reader, onward_writer = await stack.open_connection(KERNEL, to or port)
+        onward_reader, onward_writer = await stack.open_connection(host, to or port)
         await asyncio.gather(forward(reader, onward_writer), forward(onward_reader, writer))
         onward_writer.close()
         writer.close()

@@ -141,7 +141,7 @@ class Icmpv6:
         self._mib.Icmp6OutEchoReplies += 1
         length = packet.l4_len - icmpv6.HEADER_LEN
         payload = packet.frame.views(packet.l4 + icmpv6.HEADER_LEN, length)
-        path.send(ipv6.NEXTHDR_ICMP, icmpv6.HEADER_LEN, payload, length, tos=packet.tos)
+        path.send(ipv6.NEXTHDR_ICMP, icmpv6.HEADER_LEN, payload, length, tos=packet.tos, df=False)
 
     def _on_error(self, packet: IpPacket, kind: int, code: int, word: int) -> None:
         """Find out about which packet the error is, and tell its protocol (RFC 4443, section 2.4 d; RFC 5927)."""
