@@ -46,8 +46,13 @@ FLAGS: Final = {"S": TH_SYN, "F": TH_FIN, "R": TH_RST, "P": TH_PUSH, ".": TH_ACK
 class Bench:
     """A persistent TAP `tap0` in `netns` with us on the kernel's side, and a driver on the other, not initialised yet.
 
-    `seq` and `ack` are what our next segment says; sending and expecting keep them up to date. `isn` is the peer's.
+    `seq` and `ack` are what our next segment says; sending and expecting keep them up to date. `isn` is the peer's. `ours` and
+    `theirs` are the addresses of the stack and of the remote host, `any` is all addresses.
     """
+
+    version = 4
+    domain = "AF_INET"
+    ours, theirs, any, prefix_len = OURS, THEIRS, "0.0.0.0", 24
 
     def __init__(self, netns: Namespace) -> None:
         self.netns = netns
@@ -135,9 +140,11 @@ class Bench:
                 self._send_arp(dpkt.arp.ARP_OP_REPLY, frame.data.sha)
             elif frame.data.op == dpkt.arp.ARP_OP_REPLY:
                 self._their_mac = frame.data.sha
-        elif isinstance(frame.data, dpkt.ip.IP) and isinstance(frame.data.data, dpkt.tcp.TCP):
+        elif isinstance(frame.data, dpkt.ip.IP | dpkt.ip6.IP6) and isinstance(frame.data.data, dpkt.tcp.TCP):
             self._their_mac = frame.src
             self._packets.append((now, frame.data.data))
+        else:
+            self._on_other(frame)
 
     # -- the wire --
 
@@ -147,13 +154,25 @@ class Bench:
         )
         self._wire.send(bytes(dpkt.ethernet.Ethernet(dst=to, src=MAC, type=dpkt.ethernet.ETH_TYPE_ARP, data=arp)))
 
-    def arp(self) -> None:
+    def _on_other(self, frame: dpkt.ethernet.Ethernet) -> None:
+        """A frame that is neither ARP nor TCP: nothing to us."""
+
+    def _ask(self) -> None:
+        """Ask for the stack's address."""
+        self._send_arp(dpkt.arp.ARP_OP_REQUEST, BROADCAST)
+
+    def find(self) -> None:
         """Ask for the stack's address until it answers: the link has just come up."""
         deadline = time.monotonic() + PATIENCE
         while not self._their_mac:
-            self._send_arp(dpkt.arp.ARP_OP_REQUEST, BROADCAST)
+            self._ask()
             self._read(lambda: bool(self._their_mac), ARP_RETRY)
-            assert time.monotonic() < deadline, "no answer to ARP"
+            assert time.monotonic() < deadline, "nobody answers for the stack's address"
+
+    def _send_packet(self, tcp: dpkt.tcp.TCP) -> None:
+        ip = dpkt.ip.IP(src=socket.inet_aton(THEIRS), dst=socket.inet_aton(OURS), p=6, ttl=64, data=tcp)
+        ip.len = 20 + len(tcp)
+        self._wire.send(bytes(dpkt.ethernet.Ethernet(dst=self._their_mac, src=MAC, data=ip)))
 
     def inject(self, flags: str, data: bytes = b"", *, win: int = 65535, opts: bytes = b"") -> None:
         """Send a segment to the stack, with the numbers that come next."""
@@ -169,9 +188,7 @@ class Bench:
         )
         tcp.opts = opts
         tcp.off = 5 + len(opts) // 4
-        ip = dpkt.ip.IP(src=socket.inet_aton(THEIRS), dst=socket.inet_aton(OURS), p=6, ttl=64, data=tcp)
-        ip.len = 20 + len(tcp)
-        self._wire.send(bytes(dpkt.ethernet.Ethernet(dst=self._their_mac, src=MAC, data=ip)))
+        self._send_packet(tcp)
         self.seq += len(data) + bool(bits & TH_SYN) + bool(bits & TH_FIN)
 
     def expect(self, flags: str, data: bytes = b"") -> dpkt.tcp.TCP:
@@ -255,11 +272,11 @@ class Bench:
             "init",
             **{
                 "iface": "tap0",
-                "ip_version": 4,
-                "local_ip": OURS,
-                "prefix": 24,
-                "gateway": THEIRS,
-                "remote_ip": THEIRS,
+                "ip_version": self.version,
+                "local_ip": self.ours,
+                "prefix": self.prefix_len,
+                "gateway": self.theirs,
+                "remote_ip": self.theirs,
                 "mtu": 1500,
                 "hints": {},
                 "sysctl": {},
@@ -269,18 +286,18 @@ class Bench:
             },
         )
         if reply["ret"] == 0:
-            self.arp()
+            self.find()
         return reply
 
     def socket(self, *flags: str) -> int:
         """A TCP socket."""
-        return self.ok("socket", domain="AF_INET", type="SOCK_STREAM", flags=list(flags), proto="IPPROTO_TCP")
+        return self.ok("socket", domain=self.domain, type="SOCK_STREAM", flags=list(flags), proto="IPPROTO_TCP")
 
     def listen(self, port: int = 8080) -> int:
         """A listener."""
         fd = self.socket()
         self.ok("setsockopt", fd=fd, level="SOL_SOCKET", opt="SO_REUSEADDR", value=1)
-        self.ok("bind", fd=fd, addr="0.0.0.0", port=port)
+        self.ok("bind", fd=fd, addr=self.any, port=port)
         self.ok("listen", fd=fd, backlog=5)
         self.port = port
         return fd
@@ -317,3 +334,55 @@ class Bench:
         revents: int = reply["revents"][0]
         assert reply["ret"] == (revents != 0)
         return revents
+
+
+class Bench6(Bench):
+    """The same over IPv6: the remote host answers neighbour solicitations."""
+
+    version = 6
+    domain = "AF_INET6"
+    ours, theirs, any, prefix_len = "2001:db8::2", "2001:db8::1", "::", 64
+
+    def _on_other(self, frame: dpkt.ethernet.Ethernet) -> None:
+        if not isinstance(frame.data, dpkt.ip6.IP6) or frame.data.nxt != dpkt.ip.IP_PROTO_ICMP6:
+            return
+        message = bytes(frame.data.data)
+        if message[0] == SOLICITATION and message[8:24] == _packed(self.theirs):
+            body = (0x60000000).to_bytes(4) + _packed(self.theirs) + b"\2\1" + MAC
+            self._send_icmp(ADVERTISEMENT, body, frame.data.src, frame.src)
+        elif message[0] == ADVERTISEMENT and message[8:24] == _packed(self.ours):
+            self._their_mac = message[26:32]
+
+    def _ask(self) -> None:
+        group = _packed("ff02::1:ff00:2")
+        self._send_icmp(SOLICITATION, bytes(4) + _packed(self.ours) + b"\1\1" + MAC, group, b"\x33\x33" + group[12:])
+
+    def _send_icmp(self, kind: int, body: bytes, dst: bytes, mac: bytes) -> None:
+        message = bytes((kind, 0, 0, 0)) + body
+        pseudo = _packed(self.theirs) + dst + len(message).to_bytes(4) + (58).to_bytes(4)
+        checksum = dpkt.dpkt.in_cksum(pseudo + message)
+        self._send_v6(58, message[:2] + checksum.to_bytes(2) + message[4:], dst, mac, 255)
+
+    def _send_packet(self, tcp: dpkt.tcp.TCP) -> None:
+        tcp.sum = 0
+        segment = bytes(tcp)
+        pseudo = _packed(self.theirs) + _packed(self.ours) + len(segment).to_bytes(4) + (6).to_bytes(4)
+        tcp.sum = dpkt.dpkt.in_cksum(pseudo + segment)
+        self._send_v6(6, bytes(tcp), _packed(self.ours), self._their_mac, 64)
+
+    def _send_v6(self, proto: int, payload: bytes, dst: bytes, mac: bytes, hops: int) -> None:
+        header = (6 << 28).to_bytes(4) + len(payload).to_bytes(2) + bytes((proto, hops)) + _packed(self.theirs) + dst
+        self._wire.send(mac + MAC + b"\x86\xdd" + header + payload)
+
+    def too_big(self, mtu: int, quoted: dpkt.tcp.TCP, length: int) -> None:
+        """A router says that the segment `quoted`, of so many bytes of TCP, was too long for a link of `mtu` bytes."""
+        header = (6 << 28).to_bytes(4) + length.to_bytes(2) + bytes((6, 64)) + _packed(self.ours) + _packed(self.theirs)
+        self._send_icmp(2, mtu.to_bytes(4) + header + bytes(quoted)[:1000], _packed(self.ours), self._their_mac)
+
+
+SOLICITATION: Final = 135
+ADVERTISEMENT: Final = 136
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6, address)

@@ -81,7 +81,7 @@ class Calls:
     # -- opening --
 
     async def socket(self, args: Arguments) -> Reply:
-        """socket(2): AF_INET; SOCK_STREAM or SOCK_DGRAM."""
+        """socket(2): AF_INET or AF_INET6; SOCK_STREAM or SOCK_DGRAM."""
         kind = args.number("type") | args.flags("flags")
         try:
             sock = self._stack.socket(args.number("domain"), kind & ~SOCKET_FLAGS)
@@ -105,7 +105,7 @@ class Calls:
         """accept(2). O_NONBLOCK is not inherited."""
         descriptor = self._get(args)
         accepted, peer = await blocking.attempt(descriptor, descriptor.socket.accept_nowait)
-        return {"ret": self._open.add(accepted), "addr": list(peer)}
+        return {"ret": self._open.add(accepted), "addr": list(peer[:2])}
 
     async def connect(self, args: Arguments) -> Reply:
         """connect(2), with AF_UNSPEC as well."""
