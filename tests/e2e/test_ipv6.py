@@ -254,11 +254,12 @@ async def test_hop_limit_and_traffic_class_are_on_the_wire(stack_on_tap: StackOn
         ours.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 7)
         ours.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, 0x28)
         await ours.sendto(b"x", (KERNEL6, theirs.getsockname()[1]))
-        arrived = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().add_reader(theirs, lambda: arrived.done() or arrived.set_result(theirs.recvmsg(10, 100)))
+        readable = asyncio.Event()
+        asyncio.get_running_loop().add_reader(theirs, readable.set)
         async with asyncio.timeout(10):
-            _, ancillary, _, _ = await arrived
+            await readable.wait()
         asyncio.get_running_loop().remove_reader(theirs)
+        _, ancillary, _, _ = theirs.recvmsg(10, 100)
     said = {kind: struct.unpack("i", data)[0] for _, kind, data in ancillary}
     assert said == {socket.IPV6_HOPLIMIT: 7, socket.IPV6_TCLASS: 0x28}
 
