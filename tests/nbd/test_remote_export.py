@@ -231,6 +231,18 @@ async def test_disc_waits_for_what_is_under_way(tmp_path: Path) -> None:
             assert await reader.read() == wire.simple(1, 0, b"\7\7\7")
 
 
+async def test_holes_and_other_contexts_are_what_they_are_over_there(tmp_path: Path) -> None:
+    disk = MemoryExport(4 * MIB)
+    disk.destination(MIB, MIB)[:] = b"x" * MIB
+    async with serving(disk) as uri, forwarding(tmp_path, uri) as front, nbd.connect(front) as client:
+        assert client.extended_headers
+        expected = [(0, MIB, 3), (MIB, MIB, 0), (2 * MIB, 2 * MIB, 3)]
+        assert await client.block_status(4 * MIB, 0) == expected
+        assert await client.block_status(4 * MIB - 512, 512, one=True) == [(512, MIB - 512, 3)]
+        await client.zero(MIB, MIB, fast=True)
+        assert await client.block_status(4 * MIB, 0) == [(0, 4 * MIB, 3)]
+
+
 # -- Debian's clients, our unix socket, each of their servers ------------------------------------------------------------------
 
 
@@ -258,6 +270,9 @@ async def test_what_debians_clients_write_they_find_again(
         assert seen["exports"][0]["can_multi_conn"]
         if server is nbdkit_in_blocks:
             assert (seen["exports"][0]["block_size_minimum"], seen["exports"][0]["block_size_maximum"]) == (4096, MIB)
+        if server not in (nbdkit_simple, nbd_server):
+            mapped = json.loads(await run("nbdinfo", "--map", "--json", front))
+            assert mapped == [{"offset": 0, "length": SIZE, "type": 0, "description": "data"}]
         await run("nbdcopy", "--flush", str(source), front)
         await run("nbdcopy", "-C4", front, str(target))
         assert target.read_bytes() == content

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Final
 
 from ustack.nbd.constants import (
     ERRNO_TO_WIRE,
+    NBD_CMD_BLOCK_STATUS,
     NBD_CMD_CACHE,
+    NBD_CMD_FLAG_FAST_ZERO,
     NBD_CMD_FLAG_FUA,
     NBD_CMD_FLAG_NO_HOLE,
+    NBD_CMD_FLAG_REQ_ONE,
     NBD_CMD_FLUSH,
     NBD_CMD_READ,
     NBD_CMD_TRIM,
@@ -29,12 +32,13 @@ from ustack.nbd.constants import (
     NBD_FLAG_ROTATIONAL,
     NBD_FLAG_SEND_CACHE,
     NBD_FLAG_SEND_DF,
+    NBD_FLAG_SEND_FAST_ZERO,
     NBD_FLAG_SEND_FLUSH,
     NBD_FLAG_SEND_FUA,
     NBD_FLAG_SEND_TRIM,
     NBD_FLAG_SEND_WRITE_ZEROES,
 )
-from ustack.nbd.export import Export
+from ustack.nbd.export import MAX_STATUS_EXTENTS, Export
 from ustack.nbd.export_info import ExportInfo
 
 if TYPE_CHECKING:
@@ -42,10 +46,14 @@ if TYPE_CHECKING:
     from ustack.nbd.export import Answers
     from ustack.nbd.server_transmission import Command
 
+MAX_STATUS: Final = 1 << 30
+"""Bytes that one block status is asked about over there; who wants to know more asks again from there on."""
+
 _PASSED_ON: Final = (
     NBD_FLAG_READ_ONLY
     | NBD_FLAG_ROTATIONAL
     | NBD_FLAG_SEND_CACHE
+    | NBD_FLAG_SEND_FAST_ZERO
     | NBD_FLAG_SEND_FLUSH
     | NBD_FLAG_SEND_FUA
     | NBD_FLAG_SEND_TRIM
@@ -53,7 +61,7 @@ _PASSED_ON: Final = (
 )
 _OUR_OWN: Final = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_DF | NBD_FLAG_CAN_MULTI_CONN
 """A read is answered in one piece, and all clients share one session, whatever the other server does."""
-_WRITES: Final = NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES
+_WRITES: Final = NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
 
 
 class RemoteExport(Export):
@@ -62,7 +70,7 @@ class RemoteExport(Export):
     __slots__ = ("_disk",)
 
     def __init__(self, disk: NbdClient, name: str | None = None, *, read_only: bool = False) -> None:
-        super().__init__(_info_of(disk, disk.name if name is None else name, read_only), ())
+        super().__init__(_info_of(disk, disk.name if name is None else name, read_only), tuple(sorted(disk.meta_contexts)))
         self._disk: NbdClient | None = disk
 
     def lose(self) -> None:
@@ -71,7 +79,7 @@ class RemoteExport(Export):
 
     def go_on_with(self, disk: NbdClient) -> bool:
         """Use this disk from now on, if it is what clients were told; tells whether it is."""
-        if _info_of(disk, self.info.name, self.info.read_only) != self.info:
+        if _info_of(disk, self.info.name, self.info.read_only) != self.info or not disk.meta_contexts.issuperset(self.contexts):
             return False
         self._disk = disk
         return True
@@ -101,11 +109,30 @@ class RemoteExport(Export):
                 await disk.pread_into(data, command.offset)
                 answers.read(command, ((command.length, data),))
                 return
+            if command.command == NBD_CMD_BLOCK_STATUS:
+                answers.status(
+                    command, [(each, await _status(disk, command, self.contexts[each])) for each in command.contexts]
+                )
+                return
             await _change(disk, command)
         except OSError as error:
             answers.failed(command, _seen_from_here(error))
         else:
             answers.done(command)
+
+
+async def _status(disk: NbdClient, command: Command, context: str) -> list[tuple[int, int]]:
+    """What the disk's server says of a context: all of it if that is little enough, and something in any case."""
+    offset = command.offset
+    one = bool(command.flags & NBD_CMD_FLAG_REQ_ONE)
+    length = command.length if one else min(command.length, MAX_STATUS)
+    try:
+        extents = await disk.block_status(length, offset, context, one=one)
+    except OSError as error:
+        if one or error.errno != errno.EOVERFLOW:
+            raise
+        extents = await disk.block_status(length, offset, context, one=True)
+    return [(extent.length, extent.flags) for extent in extents[:MAX_STATUS_EXTENTS]]
 
 
 async def _change(disk: NbdClient, command: Command) -> None:
@@ -120,7 +147,9 @@ async def _change(disk: NbdClient, command: Command) -> None:
     elif kind == NBD_CMD_TRIM:
         await disk.trim(length, offset, fua=fua)
     elif kind == NBD_CMD_WRITE_ZEROES:
-        await disk.zero(length, offset, fua=fua, no_hole=bool(flags & NBD_CMD_FLAG_NO_HOLE))
+        await disk.zero(
+            length, offset, fua=fua, no_hole=bool(flags & NBD_CMD_FLAG_NO_HOLE), fast=bool(flags & NBD_CMD_FLAG_FAST_ZERO)
+        )
     elif kind == NBD_CMD_CACHE:
         await disk.cache(length, offset)
 
