@@ -14,6 +14,7 @@ COMMANDS: Final = (
     "demo",
     "daemon",
     "status",
+    "doctor",
     "ping",
     "nc",
     "capture",

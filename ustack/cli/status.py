@@ -40,7 +40,16 @@ def status(as_json: bool, control: str) -> None:
             click.echo(f"    at {front_end['path']}, {front_end['clients']} clients")
         if export["fuse"]:
             click.echo(f"    {_file(export['fuse'])}")
+    if report["process"] is not None:
+        click.echo(f"process: {_process(report['process'])}")
     _print_memory(report["memory"])
+
+
+def _process(process: dict[str, Any]) -> str:
+    """How the armed process fares."""
+    faults = f"{process['minor_faults']} minor and {process['major_faults']} major faults since"
+    lacking = f"; {len(process['missing'])} things missing (ustack doctor)" if process["missing"] else ""
+    return f"armed{lacking}, {faults}; {process['waits']} waits, {process['preempted']} times preempted"
 
 
 def _file(fuse: dict[str, Any]) -> str:

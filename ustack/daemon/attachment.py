@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ustack.daemon.config import Nbd
     from ustack.daemon.front_ends import FrontEnd
+    from ustack.daemon.watchdog import Board
     from ustack.nbd import NbdClient
     from ustack.stack import Stack
 
@@ -42,7 +43,8 @@ class Attachment:
     failed.
     """
 
-    def __init__(self, stack: Stack, config: Nbd, on_change: Callable[[], None]) -> None:
+    def __init__(self, stack: Stack, config: Nbd, on_change: Callable[[], None], board: Board | None = None) -> None:
+        """`board` is where the watchdog looks."""
         self.config = config
         self.state = "connecting"
         self.error = ""
@@ -51,6 +53,7 @@ class Attachment:
         self._front_ends: list[FrontEnd] = []
         self._stack = stack
         self._on_change = on_change
+        self._board = board
         self._loop = asyncio.get_running_loop()
         self._since = self._loop.time()
         self.first: asyncio.Future[None] = self._loop.create_future()
@@ -164,6 +167,7 @@ class Attachment:
                     name=f"ustack:{self.config.name}",
                     requests=self.config.requests,
                     request_size=self.config.request_size,
+                    since=self._board.slots(self.config.name, self.config.requests) if self._board is not None else None,
                 )
             except OSError as error:
                 self.error = f"{error.filename or path}: {error.strerror}"

@@ -223,6 +223,23 @@ class Disks(Section):
     nbd: list[Nbd]
 
 
+class Arm(Section):
+    """The process itself: what others swap over must not wait for memory. `ustack doctor` says what is in force."""
+
+    enabled: bool = False
+    """Lock and stock the process's memory, set PR_SET_IO_FLUSHER and oom_score_adj -1000, keep the garbage collector out of the
+    way, and take real-time priority. Needs CAP_IPC_LOCK, CAP_SYS_RESOURCE and CAP_SYS_NICE; what cannot be had is logged."""
+    priority: Annotated[int, Field(ge=0, le=98)] = 1
+    """Priority under SCHED_FIFO; 0: none. A process that uses the CPU for a second without a pause loses it for five."""
+    stock: Annotated[int, BeforeValidator(as_size), Field(ge=0)] = 16 << 20
+    """Bytes of heap that are taken beforehand."""
+    cgroup: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of a cgroup to move to, one without a memory limit. Default: stay."""
+    watchdog: Annotated[float, Field(ge=0)] = 10.0
+    """Seconds that a request, or the event loop, may be stuck before the watchdog says so on stderr and in the kernel's log; 0:
+    no watchdog."""
+
+
 class Control(Section):
     """The socket through which `ustack ss`, `ustack ping` and their like talk to the daemon."""
 
@@ -309,6 +326,7 @@ class Config(Section):
     tcp: Tcp = Tcp()
     udp: Udp = Udp()
     nbd: list[Nbd] = []  # noqa: RUF012
+    arm: Arm = Arm()
     control: Control = Control()
     service: Service = Service()
 
@@ -435,6 +453,7 @@ SECTIONS: Final[dict[str, type[Section]]] = {
     "tcp": Tcp,
     "udp": Udp,
     "nbd": Nbd,
+    "arm": Arm,
     "control": Control,
     "service": Service,
 }

@@ -16,7 +16,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from pools.arena import PAGE_SIZE
-from ustack.daemon import reports
+from ustack.daemon import doctor, reports
+from ustack.daemon.arm import Arming
 from ustack.daemon.attachment import Attachment
 from ustack.daemon.config import Config, Disks, load
 from ustack.daemon.control import ControlServer
@@ -25,6 +26,7 @@ from ustack.daemon.notify import notify
 from ustack.daemon.paths import default_control_path
 from ustack.daemon.sections import ConfigError, validate
 from ustack.daemon.services import Services
+from ustack.daemon.watchdog import BEAT, COMPLETED, DROPS, RESERVE, RESERVE_FREE, Watchdog
 from ustack.link.tap import TapDevice
 from ustack.stack import Stack
 from ustack.transport.tcp.connection import Connection
@@ -32,13 +34,16 @@ from ustack.transport.tcp.connection import Connection
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ustack.daemon.config import Route
+    from ustack.daemon.config import Nbd, Route
 
 CLOSE_TIMEOUT: Final = 3.0
 """Seconds that connections have to end in order when the daemon stops; then they are reset."""
 
 CLOSE_POLL: Final = 0.02
 """Seconds between two looks at whether they have."""
+
+HEARTBEAT: Final = 1.0
+"""Seconds between two signs of life for the watchdog at most; otherwise a quarter of what it waits."""
 
 log = logging.getLogger("ustack")
 
@@ -54,6 +59,12 @@ class Daemon:
         self.path = path
         self._started = monotonic()
         self._stop = asyncio.Event()
+        self._arming: Arming | None = None
+        self._watchdog: Watchdog | None = None
+        self._heartbeat: asyncio.TimerHandle | None = None
+        if config.arm.enabled:
+            self._arming = Arming(config.arm)
+            self._arming.before_threads()
         self._stack = self._build_stack()
         self._services = Services(self._stack)
         self._attachments: dict[str, Attachment] = {}
@@ -68,6 +79,7 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         async with self._stack:
             control = ControlServer(self._stack, self.status, {"attach": self.attach, "detach": self.detach})
+            control.calls["doctor"] = self.doctor
             try:
                 await self._serve(control)
             finally:
@@ -83,6 +95,8 @@ class Daemon:
             error.filename = error.filename or control_path
             raise
         await self._services.set(**config.service.model_dump())
+        if self._arming is not None:
+            self._arm(self._arming)
         self._attach()
         gc.collect()
         gc.freeze()  # what exists now stays: the collector need not look at it again
@@ -140,6 +154,30 @@ class Daemon:
             bring_up(device.name)
         return tap
 
+    def _arm(self, arming: Arming) -> None:
+        if self.config.arm.watchdog:
+            self._watchdog = Watchdog(self.config.arm.watchdog)
+            try:
+                self._watchdog.start()
+            except OSError as error:
+                arming.missing.append(f"no watchdog: {error.strerror}")
+            self._beat()
+        arming.lock(lambda: any(each.fuse is not None and each.fuse.in_flight for each in self._attachments.values()))
+        for missing in arming.missing:
+            log.warning("not armed in full: %s", missing)
+
+    def _beat(self) -> None:
+        """Tell the watchdog that we are alive, and how things are."""
+        if self._watchdog is None:
+            return
+        cells, pages = self._watchdog.board.cells, self._stack.pages
+        cells[BEAT] = monotonic()
+        cells[COMPLETED] = float(sum(each.fuse.completed for each in self._attachments.values() if each.fuse is not None))
+        cells[RESERVE_FREE] = float(min(pages.free_pages, pages.min_pages))
+        cells[RESERVE] = float(pages.min_pages)
+        cells[DROPS] = float(self._stack.drops.total())
+        self._heartbeat = asyncio.get_running_loop().call_later(min(HEARTBEAT, self.config.arm.watchdog / 4), self._beat)
+
     # -- while it runs --
 
     def status(self) -> dict[str, Any]:
@@ -152,7 +190,18 @@ class Daemon:
             "devices": reports.devices(self._stack),
             "routes": reports.routes(self._stack),
             "nbd": [attachment.report() for attachment in self._attachments.values()],
+            "process": self._arming.report() if self._arming is not None else None,
         }
+
+    def doctor(self) -> list[dict[str, Any]]:
+        """The answer to the call `doctor`: what swapping over this daemon needs, and what of it is in force."""
+        watchdog = self._watchdog.pid if self._watchdog is not None else None
+        checks = [
+            *doctor.process_checks(self._arming, watchdog, self.config.arm.priority),
+            *doctor.machine_checks(),
+            *doctor.export_checks((nbd.config.name, nbd.config.uri) for nbd in self._attachments.values()),
+        ]
+        return [check.as_dict() for check in checks]
 
     def _say_status(self, *more: str) -> None:
         attached = sum(attachment.state == "attached" for attachment in self._attachments.values())
@@ -162,7 +211,11 @@ class Daemon:
     def _attach(self) -> None:
         for nbd in self.config.nbd:
             if nbd.name not in self._attachments:
-                self._attachments[nbd.name] = Attachment(self._stack, nbd, self._say_status)
+                self._attachments[nbd.name] = self._attachment(nbd)
+
+    def _attachment(self, nbd: Nbd) -> Attachment:
+        board = self._watchdog.board if self._watchdog is not None else None
+        return Attachment(self._stack, nbd, self._say_status, board)
 
     async def attach(self, **disk: Any) -> dict[str, Any]:
         """The call `attach`: what a section [[nbd]] may say, until the daemon stops or is told to `detach`. Answers with its
@@ -173,7 +226,7 @@ class Daemon:
             raise OSError(errno.EINVAL, "; ".join(error.problems)) from None
         if nbd.name in self._attachments:
             raise OSError(errno.EEXIST, f"there is an attached disk named {nbd.name!r} already")
-        self._attachments[nbd.name] = attachment = Attachment(self._stack, nbd, self._say_status)
+        self._attachments[nbd.name] = attachment = self._attachment(nbd)
         try:
             await asyncio.shield(attachment.first)
         except BaseException:
@@ -262,6 +315,12 @@ class Daemon:
                 await asyncio.gather(*(attachment.close() for attachment in self._attachments.values()))
                 while self._open_connections():  # noqa: ASYNC110 (a connection that nobody owns any more tells nobody)
                     await asyncio.sleep(CLOSE_POLL)
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        if self._arming is not None:
+            self._arming.disarm()
+        if self._watchdog is not None:
+            await asyncio.to_thread(self._watchdog.close)
         left = self._open_connections()
         log.info("stopped%s", f"; {left} connections did not end in time and were reset" if left else "")
 
@@ -292,6 +351,7 @@ def _fixed_changes(old: Config, new: Config) -> Iterator[str]:
         ("tcp", MEM_KEYS),
         ("ipv6", list(type(old.ipv6).model_fields)),
         ("udp", list(type(old.udp).model_fields)),
+        ("arm", list(type(old.arm).model_fields)),
         ("control", list(type(old.control).model_fields)),
     ):
         before, after = getattr(old, section), getattr(new, section)

@@ -61,7 +61,7 @@ from ustack.nbd.fuse_wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine, MutableSequence
 
     from ustack.nbd.copy import Disk
 
@@ -80,17 +80,16 @@ class Slot:
     boundary, with the header before it: | ... header | data ... |.
     """
 
-    __slots__ = ("buffer", "data", "iov", "reply", "since", "task", "unique")
+    __slots__ = ("buffer", "data", "iov", "number", "reply", "task", "unique")
 
-    def __init__(self, buffer: memoryview) -> None:
+    def __init__(self, number: int, buffer: memoryview) -> None:
         """`buffer` begins on a page boundary; its first page is for headers."""
+        self.number = number
         self.buffer = buffer
         self.data = buffer[PAGE:]
         self.iov = [buffer[PAGE - DATA_AT :]]
         self.reply = buffer[PAGE - OUT_LEN : PAGE]
         self.unique = 0
-        self.since = 0.0
-        """The loop's time when the request came."""
         self.task: asyncio.Task[None] | None = None
 
 
@@ -111,8 +110,8 @@ class FuseExport:
         "_memory",
         "_mode",
         "_mount",
-        "_on_change",
         "_request_size",
+        "_since",
         "_slots",
         "_starved",
         "_zeroes",
@@ -137,9 +136,10 @@ class FuseExport:
         requests: int = REQUESTS,
         request_size: int = REQUEST_SIZE,
         mode: int = 0o600,
-        on_change: Callable[[], object] | None = None,
+        since: MutableSequence[float] | memoryview[float] | None = None,
     ) -> None:
-        """`name` is what /proc/mounts shows; `on_change` is called when a request has come or is done."""
+        """`name` is what /proc/mounts shows; `since` is where the time is kept at which the request in each slot came (0: there
+        is none), for those who watch over them from outside."""
         self.disk: Disk | None = disk
         self.size = disk.size
         self.reads = self.writes = self.others = self.errors = 0
@@ -149,13 +149,13 @@ class FuseExport:
         self._loop = asyncio.get_running_loop()
         self._mode = mode
         self._made_at = int(time.time())
-        self._on_change = on_change
+        self._since = [0.0] * requests if since is None else since
         self._block = max(disk.minimum_block, PAGE)
         self._request_size = max(min(request_size // self._block * self._block, MAX_PAGES * PAGE), MIN_READ_BUFFER, self._block)
         each = PAGE + self._request_size
         self._memory = mmap.mmap(-1, requests * each, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
         view = memoryview(self._memory)
-        self._slots = [Slot(view[at : at + each]) for at in range(0, requests * each, each)]
+        self._slots = [Slot(number, view[number * each : (number + 1) * each]) for number in range(requests)]
         self._free = self._slots[::-1]
         self._starved = False
         self._zeroes = bytes(self._request_size)
@@ -169,10 +169,14 @@ class FuseExport:
         """Requests that are not yet answered."""
         return len(self._slots) - len(self._free)
 
+    @property
+    def completed(self) -> int:
+        """Requests that were answered."""
+        return self.reads + self.writes + self.others + self.errors
+
     def oldest(self) -> float:
         """The loop's time when the oldest request that is not yet answered came; 0 when there is none."""
-        free = set(map(id, self._free))
-        return min((slot.since for slot in self._slots if id(slot) not in free), default=0.0)
+        return min((since for since in self._since if since), default=0.0)
 
     def report(self) -> dict[str, Any]:
         """What it is and has done, for `ustack status`."""
@@ -227,7 +231,7 @@ class FuseExport:
     def _begin(self, slot: Slot, size: int) -> None:
         buffer = slot.buffer
         _, opcode, slot.unique = REQUEST.unpack_from(buffer, PAGE - DATA_AT)
-        slot.since = self._loop.time()
+        self._since[slot.number] = self._loop.time()
         work: Coroutine[Any, Any, None]
         if opcode == FUSE_READ:
             _, offset, length = READ_WRITE_IN.unpack_from(buffer, PAGE - DATA_AT + HEADER_LEN)
@@ -245,14 +249,11 @@ class FuseExport:
             self._end(slot)
             return
         slot.task = self._loop.create_task(work)
-        if self._on_change is not None:
-            self._on_change()
 
     def _end(self, slot: Slot) -> None:
         slot.task = None
+        self._since[slot.number] = 0.0
         self._free.append(slot)
-        if self._on_change is not None:
-            self._on_change()
         if self._starved and self._fd >= 0:
             self._starved = False
             self._loop.add_reader(self._fd, self._on_readable)
