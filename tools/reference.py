@@ -60,6 +60,7 @@ FIXED: Final = {
     "device": "*",
     "address": "*",
     "ipv6": "*",
+    "arm": "*",
     "memory": {"pool", "size", "lock", "capture", "zero_copy"},
     "tcp": MEM_KEYS,
     "udp": "*",
