@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.nbd.test_tls import certificates
 from ustack.cli.nbd import nbd
 from ustack.cli.nbd_options import human_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+__all__ = ["certificates"]
 
 SERVE = "import sys; from ustack.cli.nbd import nbd; nbd(['serve', *sys.argv[1:]])"
 
@@ -83,6 +86,30 @@ def test_json_has_the_keys_of_nbdinfo_and_list_has_every_export(tmp_path: Path) 
     assert not (tmp_path / "socket").exists()
 
 
+def test_serve_forwards_to_another_server_and_to_a_file_at_once(tmp_path: Path) -> None:
+    front = tmp_path / "front"
+    (tmp_path / "image").write_bytes(random.Random(4).randbytes(1 << 20))
+    with (
+        serving("--memory", "2M", "--port", "0") as (uri,),
+        serving(uri, str(tmp_path / "image"), "--unix", str(front)) as (first,),
+    ):
+        assert first == f"nbd+unix:///memory?socket={front}"
+        ustack_nbd("copy", str(tmp_path / "image"), first)
+        ustack_nbd("copy", uri, str(tmp_path / "back"))
+        assert (tmp_path / "back").read_bytes()[: 1 << 20] == (tmp_path / "image").read_bytes()
+        assert "export-size: 1048576" in ustack_nbd("info", f"nbd+unix:///image?socket={front}").stdout
+
+
+def test_serve_with_certificates_requires_tls(certificates: Path, tmp_path: Path) -> None:
+    front = tmp_path / "front"
+    options = ("--tls-certificates", str(certificates), "--tls-verify-peer")
+    with serving("--memory", "1M", "--unix", str(front), *options) as (uri,):
+        assert uri == f"nbds+unix:///memory?socket={front}"
+        seen = ustack_nbd("info", f"{uri}&tls-certificates={certificates}").stdout
+        assert "with TLS" in seen
+        assert "requires TLS" in ustack_nbd("info", uri.replace("nbds", "nbd"), status=1).stderr
+
+
 @pytest.mark.parametrize("options", [(), ("--progress",), ("-R", "3", "--request-size", "10000", "-S", "0", "--no-flush")])
 def test_copy_brings_back_what_it_took(options: tuple[str, ...], tmp_path: Path) -> None:
     content = random.Random(8).randbytes(3 << 20) + bytes(1 << 20)
@@ -109,6 +136,13 @@ def test_copy_brings_back_what_it_took(options: tuple[str, ...], tmp_path: Path)
         (("serve",), 2, "nothing to serve"),
         (("serve", "--memory", "1M", "--address", "192.0.2.1", "--port", "0"), 1, "assign requested address"),
         (("serve", "/dev/null", "--port", "0"), 1, "/dev/null: neither a regular file"),
+        (("serve", "/nonexistent", "--port", "0"), 1, "/nonexistent: No such file"),
+        (("serve", "nbd+unix:///?socket=/nonexistent", "--port", "0"), 1, "cannot connect: No such file"),
+        (("serve", "--memory", "1M", "--tls", "on"), 2, "--tls needs --tls-certificates"),
+        (("serve", "--memory", "1M", "--tls-verify-peer"), 2, "--tls-verify-peer needs --tls-certificates"),
+        (("serve", "--memory", "1M", "--port", "0", "--tls-certificates", "/usr"), 1, "/usr: cannot load the certificates"),
+        (("attach", "nbd://192.0.2.1/", "--control", "/nonexistent"), 1, "no daemon listens there"),
+        (("detach", "disk", "--control", "/nonexistent"), 1, "no daemon listens there"),
     ],
 )
 def test_mistakes_end_with_one_clear_line(arguments: tuple[str, ...], status: int, complaint: str) -> None:
