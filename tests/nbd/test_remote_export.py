@@ -7,8 +7,10 @@ import errno
 import json
 import random
 import socket
+import subprocess
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +18,7 @@ import pytest
 from tests.nbd import wire
 from tests.nbd.servers import MIB, serving
 from tests.nbd.test_interop import activated, nbd_server, nbdkit, nbdkit_file, nbdkit_simple, qemu_nbd, run
+from tests.needs import extended_qemu_nbd, require_path, require_tool
 from ustack import nbd
 from ustack.nbd.connector import open_disk
 from ustack.nbd.export import FileExport, MemoryExport
@@ -26,9 +29,10 @@ from ustack.nbd.server_connection import MAX_HELD, MAX_UNDER_WAY
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
-    from pathlib import Path
 
     from tests.nbd.test_interop import Running
+    from ustack.nbd.export import Answers
+    from ustack.nbd.server_transmission import Command
 
 SIZE = 16 * MIB
 
@@ -368,3 +372,75 @@ async def test_systemd_and_libnbd_may_hand_us_the_socket(tmp_path: Path) -> None
         server.terminate()
         assert await asyncio.to_thread(server.wait) == 0
     await run("nbdsh", "-c", f"h.connect_systemd_socket_activation({start!r})", "-c", NBDSH)
+
+
+@pytest.mark.e2e
+async def test_qemus_client_and_server_with_extended_headers_see_extents_of_gigabytes(tmp_path: Path) -> None:
+    server = extended_qemu_nbd()
+    client = require_path(Path(server).with_name("qemu-img"), "it comes with qemu-nbd")
+    exercise = require_path(Path(server).with_name("qemu-io"), "it comes with qemu-nbd")
+    with (tmp_path / "image").open("wb") as image:
+        image.truncate(6 << 30)
+    arguments = (server, "-t", "-e", "4", "-f", "raw", str(tmp_path / "image"))
+    async with activated(tmp_path, *arguments) as (uri, _), forwarding(tmp_path, uri) as front:
+        await run(
+            str(exercise), "-f", "raw", "-c", "write -P 3 5G 1M", "-c", "write -z -n 0 5G", "-c", "read -P 3 5G 1M",
+            "-c", "read -P 0 4G 1M", "-c", "flush", front,
+        )  # fmt: skip
+        seen = json.loads(await run(str(client), "map", "--output=json", "-f", "raw", front))
+        assert [(each["start"], each["length"], each["zero"]) for each in seen] == [
+            (0, 5 << 30, True),
+            (5 << 30, MIB, False),
+            ((5 << 30) + MIB, (1 << 30) - MIB, True),
+        ]
+
+
+class Counted(RemoteExport):
+    """Counts what it is asked."""
+
+    count = 0
+
+    def submit(self, command: Command, answers: Answers) -> asyncio.Task[None]:
+        """One more."""
+        self.count += 1
+        return super().submit(command, answers)
+
+
+@pytest.mark.e2e
+async def test_fio_does_not_notice_that_the_server_is_killed_twenty_times(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(SIZE))
+    start = 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$@" 3<&0 </dev/null'
+    command = ["/bin/sh", "-c", start, "sh", require_tool("nbdkit"), "-f", "file", str(tmp_path / "image")]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "back"))
+        listener.listen()
+        server = subprocess.Popen(command, stdin=listener.fileno())
+        disk = await open_disk([f"nbd+unix:///?socket={tmp_path}/back"], dead_after=None)
+        export = Counted(disk)
+        front = NbdServer([export])
+        await front.listen_unix(str(tmp_path / "front"))
+        fio = await asyncio.create_subprocess_exec(
+            require_tool("fio"), "--name=verify", "--ioengine=nbd", f"--uri=nbd+unix:///?socket={tmp_path}/front",
+            "--rw=randrw", "--bs=4k", f"--size={SIZE}", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1",
+            "--randseed=7", "--verify_state_save=0", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        ended = asyncio.create_task(fio.communicate())
+        try:
+            async with asyncio.timeout(100):
+                for number in range(1, 21):
+                    while export.count < 150 * number and not ended.done():
+                        await asyncio.sleep(0.001)
+                    server.kill()
+                    server.wait()
+                    server = subprocess.Popen(command, stdin=listener.fileno())
+                _, complaint = await ended
+            assert fio.returncode == 0, complaint.decode()
+            assert export.count > 20 * 150, "all of them while it ran"
+            assert disk.counters()["outages"] >= 10
+        finally:
+            if fio.returncode is None:
+                fio.kill()
+            await front.close()
+            await disk.close(0)
+            server.kill()
+            server.wait()
