@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.nbd.test_tls import certificates
+from tests.needs import require_tool
 from ustack.cli.nbd import nbd
 from ustack.cli.nbd_options import human_size
 
@@ -51,10 +53,12 @@ def ustack_nbd(*arguments: str, status: int = 0) -> Result:
 def test_info_looks_like_nbdinfo() -> None:
     with serving("--memory", "8M", "--port", "0") as (uri,):
         assert ustack_nbd("info", uri).stdout.splitlines() == [
-            "protocol: newstyle-fixed without TLS, using structured packets",
+            "protocol: newstyle-fixed without TLS, using extended packets",
             'export="memory":',
             "\texport-size: 8388608 (8M)",
             f"\turi: {uri}",
+            "\tcontexts:",
+            "\t\tbase:allocation",
             "\tis_rotational: false",
             "\tis_read_only: false",
             "\tcan_cache: true",
@@ -72,6 +76,55 @@ def test_info_looks_like_nbdinfo() -> None:
         assert ustack_nbd("info", "--size", uri).stdout == "8388608\n"
 
 
+def test_map_looks_like_nbdinfos(tmp_path: Path) -> None:
+    with (tmp_path / "image").open("wb") as image:
+        image.truncate(8 << 20)
+        image.seek(3 << 20)
+        image.write(b"x" * 65536)
+    with serving(str(tmp_path / "image"), "--port", "0") as (uri,):
+        for options in ((), ("--totals",)):
+            theirs = subprocess.run(
+                [require_tool("nbdinfo"), "--map", *options, uri], capture_output=True, text=True, check=True
+            )
+            assert ustack_nbd("map", *options, uri).stdout == theirs.stdout
+            theirs = subprocess.run(
+                [require_tool("nbdinfo"), "--map", "--json", *options, uri], capture_output=True, text=True, check=True
+            )
+            assert json.loads(ustack_nbd("map", "--json", *options, uri).stdout) == json.loads(theirs.stdout)
+        refused = ustack_nbd("map", "--context", "x:y", uri, status=1)
+        assert "'x:y'" in refused.stderr
+
+
+def test_bench_measures_and_writes_only_when_told_to() -> None:
+    with serving("--memory", "8M", "--port", "0") as (uri,):
+        options = ("--runtime", "0.05", "--iodepth", "4", "--bs", "4K")
+        for pattern in ("read", "randread", "randwrite"):
+            result = json.loads(ustack_nbd("bench", "--json", "--overwrite", "--rw", pattern, *options, uri).stdout)
+            assert result["requests"] >= 4
+            assert result["bytes-per-second"] == pytest.approx(4096 * result["iops"])
+            assert 0 < result["latency-us"]["50"] <= result["latency-us"]["99.9"]
+        assert "IOPS" in ustack_nbd("bench", *options, uri).stdout
+        assert "--overwrite" in ustack_nbd("bench", "--rw", "write", uri, status=2).stderr
+        assert "leaves no block" in ustack_nbd("bench", "--bs", "16M", uri, status=2).stderr
+
+
+def test_a_failed_copy_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(random.Random(3).randbytes(1 << 20))
+    old = tmp_path / "old"
+    old.write_bytes(b"what was there before")
+    pread = "if [ $4 -ge 2097152 ]; then echo EIO scratched >&2; exit 1; fi; dd if=/dev/zero bs=$3 count=1 2>/dev/null"
+    broken = ["nbdkit", "-U", "-", "eval", "get_size=echo 4M", f"pread={pread}"]
+    program = "import sys; from ustack.cli.nbd import nbd; nbd(['copy', '-S0', '--no-extents', *sys.argv[1:]])"
+    for target in (tmp_path / "new", old):
+        copying = shlex.join([sys.executable, "-c", program]) + f" $uri {shlex.quote(str(target))}"
+        require_tool("nbdkit")
+        result = subprocess.run([*broken, "--run", copying], capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        assert "scratched" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "source"]
+    assert old.read_bytes() == b"what was there before"
+
+
 def test_json_has_the_keys_of_nbdinfo_and_list_has_every_export(tmp_path: Path) -> None:
     (tmp_path / "an image").write_bytes(bytes(512))
     with serving(str(tmp_path / "an image"), "--memory", "1M", "--read-only", "--unix", str(tmp_path / "socket")) as uris:
@@ -81,7 +134,8 @@ def test_json_has_the_keys_of_nbdinfo_and_list_has_every_export(tmp_path: Path) 
         assert (memory["export-name"], memory["export-size-str"], memory["is_read_only"]) == ("memory", "1M", True)
         assert (image["export-name"], image["export-size"], image["uri"]) == ("an image", 512, uris[1])
         assert "%20image" in uris[1]
-        text = ustack_nbd("info", "--list", uris[0]).stdout
+        text = ustack_nbd("list", uris[0]).stdout
+        assert text == ustack_nbd("info", "--list", uris[0]).stdout
         assert text.count("export=") == 2
     assert not (tmp_path / "socket").exists()
 
@@ -116,6 +170,8 @@ def test_copy_brings_back_what_it_took(options: tuple[str, ...], tmp_path: Path)
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(content)
     with serving("--memory", "4M", "--port", "0") as (uri,):
+        done = json.loads(ustack_nbd("copy", "--json", "--allocated", str(source), uri).stdout)
+        assert (done["bytes"], done["zero-bytes"]) == (4 << 20, 1 << 20)
         there = ustack_nbd("copy", *options, str(source), uri)
         assert there.stdout.startswith("4194304 bytes (4M) in ")
         assert ("4.2/4.2 MB" in there.stderr or "4.0/4.0 MiB" in there.stderr) == ("--progress" in options)

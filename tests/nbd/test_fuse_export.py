@@ -16,7 +16,7 @@ import pytest
 from tests.nbd.servers import MIB, serving
 from tests.needs import require_path, require_tool
 from ustack import nbd
-from ustack.nbd.copy import MemoryDisk
+from ustack.nbd.disks import MemoryDisk
 from ustack.nbd.export import MemoryExport
 from ustack.nbd.fuse_export import FuseExport
 from ustack.nbd.fuse_mount import FuseMount, is_mounted
@@ -24,7 +24,7 @@ from ustack.nbd.fuse_mount import FuseMount, is_mounted
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from ustack.nbd.copy import Disk
+    from ustack.nbd.disks import Disk
 
 pytestmark = pytest.mark.root
 

@@ -17,7 +17,8 @@ import pytest
 from tests.nbd.servers import MIB, serving
 from tests.needs import require_tool
 from ustack import nbd
-from ustack.nbd.copy import LocalDisk, MemoryDisk, copy
+from ustack.nbd.copy import copy
+from ustack.nbd.disks import LocalDisk, MemoryDisk
 from ustack.nbd.export import FileExport, MemoryExport
 from ustack.nbd.server import NbdServer
 

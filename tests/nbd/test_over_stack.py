@@ -14,7 +14,8 @@ from tests import leaks
 from tests.nbd.servers import MIB
 from ustack import nbd
 from ustack.link.tap import TapDevice
-from ustack.nbd.copy import MemoryDisk, copy
+from ustack.nbd.copy import copy
+from ustack.nbd.disks import MemoryDisk
 from ustack.nbd.export import MemoryExport
 from ustack.nbd.server import NbdServer
 from ustack.stack import Stack

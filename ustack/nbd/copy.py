@@ -1,185 +1,33 @@
 """Copying between disks: NBD exports, local files and devices, memory.
 
 Many requests are in flight at a time, each a read and then a write through a buffer of its own, so memory is bounded and
-nothing is copied on the way through us.
+nothing is copied on the way through us. What the source says is zero (block status, SEEK_HOLE) is not read, and not sent where
+the target can make zeroes by itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import os
-import stat
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
-from ustack.nbd.fallocate import zero_range
+from ustack.nbd.block_status import Extent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
 
-REQUESTS: Final = 16
-"""Requests in flight: enough to hide the round trip on a LAN."""
+    from ustack.nbd.disks import Disk
+
+REQUESTS: Final = 64
+"""Requests in flight (the default of nbdcopy): enough to hide the round trip."""
 REQUEST_SIZE: Final = 256 << 10
 """Bytes in one request (the default of nbdcopy)."""
-
-
-class Disk(Protocol):
-    """What can be copied from and to. `NbdClient` is one. All sizes are bytes; methods raise OSError."""
-
-    @property
-    def size(self) -> int:
-        """Bytes on the disk."""
-
-    @property
-    def minimum_block(self) -> int:
-        """Offsets and lengths are multiples of this, a power of two."""
-
-    @property
-    def can_zero(self) -> bool:
-        """`zero` is cheaper than writing zeroes."""
-
-    @property
-    def can_flush(self) -> bool:
-        """`flush` works."""
-
-    async def pread_into(self, buffer: bytearray | memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset`."""
-
-    async def pwrite(self, data: bytearray | memoryview, offset: int) -> None:
-        """Write all of `data` at `offset`."""
-
-    async def zero(self, length: int, offset: int) -> None:
-        """Write zeroes."""
-
-    async def flush(self) -> None:
-        """Bring all writes to stable storage."""
-
-    async def close(self) -> None:
-        """Let go of the disk."""
-
-
-class MemoryDisk:
-    """A disk in `data`."""
-
-    __slots__ = ("data",)
-
-    minimum_block: Final = 1
-    can_zero: Final = True
-    can_flush: Final = False
-
-    def __init__(self, data: bytearray) -> None:
-        """Reads and writes go to `data` itself."""
-        self.data = data
-
-    @property
-    def size(self) -> int:
-        """Bytes in `data`."""
-        return len(self.data)
-
-    async def pread_into(self, buffer: bytearray | memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset`."""
-        buffer[:] = memoryview(self.data)[offset : offset + len(buffer)]
-
-    async def pwrite(self, data: bytearray | memoryview, offset: int) -> None:
-        """Write `data` at `offset`; ENOSPC beyond the end."""
-        if offset + len(data) > len(self.data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.data[offset : offset + len(data)] = data
-
-    async def zero(self, length: int, offset: int) -> None:
-        """Write zeroes."""
-        await self.pwrite(bytearray(length), offset)
-
-    async def flush(self) -> None:
-        """Nothing to do."""
-
-    async def close(self) -> None:
-        """Nothing to do."""
-
-
-class LocalDisk:
-    """A regular file or block device.
-
-    Reads that the page cache can answer are done at once (RWF_NOWAIT); all else runs in threads, so that a slow disk never
-    holds up the event loop, on which a whole TCP stack may depend.
-    """
-
-    __slots__ = ("_fd", "_nowait", "path", "size")
-
-    minimum_block: Final = 1
-    can_zero: Final = True
-    can_flush: Final = True
-
-    def __init__(self, path: str | os.PathLike[str], *, writable: bool = False, create_size: int | None = None) -> None:
-        """Open `path`. With `create_size` a file is made or an old one emptied and given that size in bytes, all zeroes; a
-        device must be at least so large (else ENOSPC). Raises OSError."""
-        self.path = os.fspath(path)
-        flags = (os.O_RDWR if writable or create_size is not None else os.O_RDONLY) | os.O_CLOEXEC
-        if create_size is not None and not Path(path).is_block_device():
-            flags |= os.O_CREAT
-        fd = os.open(path, flags, 0o666)
-        try:
-            mode = os.fstat(fd).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                raise OSError(errno.EINVAL, "neither a regular file nor a block device", self.path)
-            if create_size is not None and stat.S_ISREG(mode):
-                os.ftruncate(fd, 0)
-                os.ftruncate(fd, create_size)
-            self.size = os.lseek(fd, 0, os.SEEK_END)
-            if create_size is not None and self.size < create_size:
-                raise OSError(errno.ENOSPC, f"has {self.size} bytes; {create_size} are needed", self.path)
-        except BaseException:
-            os.close(fd)
-            raise
-        self._fd = fd
-        self._nowait = True
-
-    async def pread_into(self, buffer: bytearray | memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset`; EIO when the file ends before."""
-        view = memoryview(buffer)
-        done = 0
-        while done < len(view):
-            got = self._read_cached(view[done:], offset + done)
-            if not got:
-                got = await asyncio.to_thread(os.preadv, self._fd, [view[done:]], offset + done)
-                if not got:
-                    raise OSError(errno.EIO, f"the file ends before offset {offset + len(view)}", self.path)
-            done += got
-
-    def _read_cached(self, view: memoryview, offset: int) -> int:
-        if not self._nowait:
-            return 0
-        try:
-            return os.preadv(self._fd, [view], offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            self._nowait = False
-            return 0
-
-    async def pwrite(self, data: bytearray | memoryview, offset: int) -> None:
-        """Write all of `data` at `offset`."""
-        view = memoryview(data)
-        done = 0
-        while done < len(view):
-            done += await asyncio.to_thread(os.pwrite, self._fd, view[done:], offset + done)
-
-    async def zero(self, length: int, offset: int) -> None:
-        """Make a hole there where the file system can, else write zeroes."""
-        await asyncio.to_thread(zero_range, self._fd, offset, length, True)
-
-    async def flush(self) -> None:
-        """fdatasync(2)."""
-        await asyncio.to_thread(os.fdatasync, self._fd)
-
-    async def close(self) -> None:
-        """Close the file. Call when no request is under way."""
-        os.close(self._fd)
+STATUS_WINDOW: Final = 128 << 20
+"""Bytes that the source is asked about at a time; what it says to them is all that is kept."""
+_NO_STATUS: Final = frozenset((errno.EOVERFLOW, errno.ENOTSUP, errno.EINVAL, errno.ENOMEM))
+"""Answers to block status with which a copy goes on, reading everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +53,19 @@ async def copy(
     request_size: int = REQUEST_SIZE,
     sparse: int = 0,
     flush: bool = True,
+    extents: bool = True,
+    allocated: bool = False,
+    target_is_zero: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> CopyResult:
     """Copy all of `source` to the start of `target`.
 
-    `requests` reads or writes of up to `request_size` bytes are under way at a time. With `sparse` not 0, runs of zeroes made
-    of aligned pieces of that many bytes become `zero` requests instead of data, if `target` is good at that. `progress(done,
-    total)` is called with bytes after every request. Raises the first OSError that any request met, after all others have
-    ended; ENOSPC before anything is written when `target` is too small, ValueError for sizes that fit no block.
+    `requests` reads or writes of up to `request_size` bytes are under way at a time. With `extents` the source is asked which
+    parts are zero; with `sparse` not 0, runs of zeroes made of aligned pieces of that many bytes become zeroes too instead of
+    data. Zeroes are left out when `target_is_zero`, made by `target.zero` if it can, with `allocated` without holes, and
+    written otherwise. `progress(done, total)` is called with bytes after every request. Raises the first OSError that any
+    request met, after all others have ended; ENOSPC before anything is written when `target` is too small, ValueError for sizes
+    that fit no block.
     """
     size = source.size
     block = max(source.minimum_block, target.minimum_block)
@@ -222,26 +75,44 @@ async def copy(
         raise ValueError(f"requests must be positive, and sizes multiples of the disks' block size of {block} bytes")
     if size % block:
         raise OSError(errno.EINVAL, f"the source's {size} bytes are no multiple of the block size of {block}")
-    if not target.can_zero:
+    skip = target_is_zero and not allocated
+    if not (target.can_zero or skip):
         sparse = 0
-    offsets = iter(range(0, size, request_size))
+    pieces = _pieces(source, size, block, request_size, extents, target.can_zero or skip)
+    turn = asyncio.Lock()
+    nothing = memoryview(bytes(min(request_size, size)))
     done = zeroed = 0
 
+    async def make_zero(length: int, offset: int) -> None:
+        nonlocal zeroed
+        if target.can_zero and not skip:
+            await target.zero(length, offset, no_hole=allocated)
+        elif not skip:
+            await target.pwrite(nothing[:length], offset)
+            return
+        zeroed += length
+
     async def work() -> None:
-        nonlocal done, zeroed
+        nonlocal done
         buffer = bytearray(min(request_size, size))
         whole = memoryview(buffer)
-        for offset in offsets:
-            length = min(request_size, size - offset)
+        while True:
+            async with turn:
+                piece = await anext(pieces, None)
+            if piece is None:
+                return
+            offset, length, zero = piece
             view = whole[:length]
-            await source.pread_into(view, offset)
-            if not sparse:
+            if zero:
+                await make_zero(length, offset)
+            elif not sparse:
+                await source.pread_into(view, offset)
                 await target.pwrite(view, offset)
             else:
-                for start, stop, zero in zero_runs(buffer, length, sparse):
-                    if zero:
-                        await target.zero(stop - start, offset + start)
-                        zeroed += stop - start
+                await source.pread_into(view, offset)
+                for start, stop, blank in zero_runs(buffer, length, sparse):
+                    if blank:
+                        await make_zero(stop - start, offset + start)
                     else:
                         await target.pwrite(view[start:stop], offset + start)
             done += length
@@ -257,12 +128,51 @@ async def copy(
         for worker in workers:
             worker.cancel()
         results = await asyncio.gather(*workers, return_exceptions=True)
+        await pieces.aclose()
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
             raise result
     if flush and target.can_flush:
         await target.flush()
     return CopyResult(done - zeroed, zeroed, time.monotonic() - started)
+
+
+async def _pieces(
+    source: Disk, size: int, block: int, request_size: int, extents: bool, large_zeroes: bool
+) -> AsyncGenerator[tuple[int, int, bool], None]:
+    """What is to be done, in order: (offset, length, is zero), data in pieces of at most `request_size` bytes, and zeroes too
+    unless `large_zeroes`."""
+    extents = extents and source.can_block_status
+    for window in range(0, size, STATUS_WINDOW):
+        length = min(STATUS_WINDOW, size - window)
+        found = [Extent(window, length, 0)]
+        if extents:
+            try:
+                found = await source.block_status(length, window)
+            except OSError as error:
+                if error.errno not in _NO_STATUS:
+                    raise
+                extents = False
+        for start, stop, zero in zero_parts(found, window, window + length, block):
+            step = stop - start if zero and large_zeroes else request_size
+            for offset in range(start, stop, step):
+                yield offset, min(step, stop - offset), zero
+
+
+def zero_parts(extents: list[Extent], start: int, stop: int, block: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut `start` to `stop` into parts (start, stop, all zeroes) of whole blocks, as `extents` tell; a block that is zero
+    only in part is none."""
+    at = start
+    for extent in extents:
+        first = -(-extent.offset // block) * block
+        last = (extent.offset + extent.length) // block * block
+        if extent.is_zero and last > first:
+            if first > at:
+                yield at, first, False
+            yield first, last, True
+            at = last
+    if at < stop:
+        yield at, stop, False
 
 
 def zero_runs(buffer: bytearray, length: int, granule: int) -> Iterator[tuple[int, int, bool]]:

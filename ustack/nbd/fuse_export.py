@@ -63,7 +63,7 @@ from ustack.nbd.fuse_wire import (
 if TYPE_CHECKING:
     from collections.abc import Coroutine, MutableSequence
 
-    from ustack.nbd.copy import Disk
+    from ustack.nbd.disks import Disk
 
 PAGE: Final = 4096
 REQUESTS: Final = 64
