@@ -12,7 +12,7 @@ ARGS ?=
 PYTHONS := $(wildcard pools ustack tests tools)
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help setup compile run test lint format bench soak pressure docs clean
+.PHONY: help setup compile run test lint format bench soak pressure swap docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,7 +37,7 @@ test: setup ## every test; installs the programs they talk to when run as root
 lint: setup ## style, types, arrows between layers
 	@$(VENV)/bin/ruff check $(PYTHONS)
 	@$(VENV)/bin/ruff format --check --quiet $(PYTHONS) || { echo "lint: not formatted; 'make format' does it" >&2; exit 1; }
-	@$(VENV)/bin/mypy $(wildcard pools ustack tests tools/*.py tools/sockdriver)
+	@$(VENV)/bin/mypy $(wildcard pools ustack tests tools/*.py tools/sockdriver tools/swaplab)
 	@$(VENV)/bin/lint-imports
 
 format: setup ## put the code into the form that lint asks for
@@ -52,6 +52,10 @@ soak: setup ## the simulator with SEEDS seeds for each of its tests (10,000 unle
 
 pressure: setup ## every scenario of the pressure lab with a thousand seeds, in virtual time
 	@$(VENV)/bin/ustack pressure run --seeds 1000 $$($(VENV)/bin/ustack pressure list --names)
+
+swap: setup ## real swap on this machine over each pool, ten times, broken on purpose and verified; needs root
+	@tools/install-system-packages
+	@$(VENV)/bin/python -m tools.swaplab host --runs 10
 
 docs: setup ## the documentation as HTML in build/docs
 	@tools/make-venv $(VENV) docs

@@ -106,6 +106,8 @@ class Stack:
         if isinstance(pool, str):
             arena = Arena(memory // PAGE_SIZE, lock=lock_memory, memfd=capture > 0, flippable=zero_copy is not None)
             pool = self._make_pool(PageAllocator(arena, min_pages=fixed))
+        self._reserve_budgets: dict[tuple[object, ...], Budget] = {}
+        self._ring_reserves: dict[tuple[Link, ...], int] = {}
         self.pool = pool
         self.pages = pool.pages
         self.arena = pool.pages.arena
@@ -229,18 +231,28 @@ class Stack:
         ]
 
     def _reserve_budget(self, demand: Demand) -> Budget:
-        """What a connection with that demand needs, over whichever interface it takes most."""
+        """What a connection with that demand needs, over whichever interface it takes most. Worked out once: it takes a scratch
+        arena, which a connection that is made again when memory is short must not ask for."""
         config = self.tcp.config
-        return max(
-            (
-                budget(self._make_pool, demand, link, sndbuf_max=config.wmem_max, rcvbuf_max=config.rmem_max)
-                for link in self._links()
-            ),
-            key=lambda each: each.pages,
-        )
+        links = self._links()
+        key = demand, tuple(links), config.wmem_max, config.rmem_max
+        known = self._reserve_budgets.get(key)
+        if known is None:
+            known = self._reserve_budgets[key] = max(
+                (
+                    budget(self._make_pool, demand, link, sndbuf_max=config.wmem_max, rcvbuf_max=config.rmem_max)
+                    for link in links
+                ),
+                key=lambda each: each.pages,
+            )
+        return known
 
     def _ring_pages(self) -> int:
-        return sum(ring_pages(self._make_pool, link) for link in self._links())
+        links = tuple(self._links())
+        known = self._ring_reserves.get(links)
+        if known is None:
+            known = self._ring_reserves[links] = sum(ring_pages(self._make_pool, link) for link in links)
+        return known
 
     def accounts(self) -> list[Account]:
         """Who waits for what: the accounts of all skbs, one for each kind of owner."""

@@ -24,6 +24,7 @@ COMMANDS: Final = (
     "slabtop",
     "slab",
     "nbd",
+    "swap",
     "bench",
     "pressure",
 )

@@ -203,6 +203,14 @@ class Arming:
             self._promote()
             signal.signal(signal.SIGXCPU, self._demote)
         self.locked = True
+        self.settle()
+
+    def settle(self) -> None:
+        """Something was built that will stay, such as a disk that is served: from now on faults count."""
+        if not self.locked:
+            return
+        gc.collect()
+        gc.freeze()
         usage = resource.getrusage(resource.RUSAGE_SELF)
         self._faults = (usage.ru_minflt, usage.ru_majflt)
 
@@ -215,8 +223,8 @@ class Arming:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
     def report(self) -> dict[str, Any]:
-        """What has happened since, for `ustack status`. Faults are those of the whole process since `lock`; of system calls the
-        kernel counts those that read and write."""
+        """What has happened since, for `ustack status`. Faults are those of the whole process since `settle`; of system calls
+        the kernel counts those that read and write."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
         calls = _read_and_write_calls()
         return {

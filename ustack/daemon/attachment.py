@@ -14,6 +14,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from ustack.daemon.front_ends import KernelDevice, UnixSocket
+from ustack.daemon.swap import swaps_on
 from ustack.nbd.connector import open_disk
 from ustack.nbd.fuse_export import FuseExport
 
@@ -72,6 +73,13 @@ class Attachment:
             "fuse": self.fuse.report() if self.fuse is not None else None,
             "front_ends": [front_end.report() for front_end in self._front_ends],
         }
+
+    def swaps(self) -> list[str]:
+        """The swap devices that are active on it."""
+        paths = {front_end.where for front_end in self._front_ends}
+        if self.fuse is not None:
+            paths.add(self.fuse.path)
+        return swaps_on(paths) if paths else []
 
     async def close(self) -> None:
         """Let go of the export in order."""

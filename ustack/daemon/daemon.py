@@ -59,6 +59,7 @@ class Daemon:
         self.path = path
         self._started = monotonic()
         self._stop = asyncio.Event()
+        self._warned = False
         self._arming: Arming | None = None
         self._watchdog: Watchdog | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
@@ -75,7 +76,7 @@ class Daemon:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="ustack: %(message)s")
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+            loop.add_signal_handler(number, self._on_stop_signal)
         loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         async with self._stack:
             control = ControlServer(self._stack, self.status, {"attach": self.attach, "detach": self.detach})
@@ -154,6 +155,17 @@ class Daemon:
             bring_up(device.name)
         return tap
 
+    def _on_stop_signal(self) -> None:
+        """Whoever stops us while the machine swaps over us probably does not know; the second time they do."""
+        swaps = [device for each in self._attachments.values() for device in each.swaps()]
+        if swaps and not self._warned:
+            self._warned = True
+            log.critical(
+                "%s: swap, and would be lost: run `ustack swap off`; a second signal stops us all the same", ", ".join(swaps)
+            )
+            return
+        self._stop.set()
+
     def _arm(self, arming: Arming) -> None:
         if self.config.arm.watchdog:
             self._watchdog = Watchdog(self.config.arm.watchdog)
@@ -215,7 +227,13 @@ class Daemon:
 
     def _attachment(self, nbd: Nbd) -> Attachment:
         board = self._watchdog.board if self._watchdog is not None else None
-        return Attachment(self._stack, nbd, self._say_status, board)
+        attachment = Attachment(self._stack, nbd, self._say_status, board)
+        attachment.first.add_done_callback(self._on_built)
+        return attachment
+
+    def _on_built(self, _: object) -> None:
+        if self._arming is not None:
+            self._arming.settle()
 
     async def attach(self, **disk: Any) -> dict[str, Any]:
         """The call `attach`: what a section [[nbd]] may say, until the daemon stops or is told to `detach`. Answers with its
@@ -240,6 +258,9 @@ class Daemon:
         if name not in self._attachments:
             known = ", ".join(self._attachments) or "none"
             raise OSError(errno.ENOENT, f"no attached disk is named {name!r}; there is {known}")
+        swaps = self._attachments[name].swaps()
+        if swaps:
+            raise OSError(errno.EBUSY, f"{name} is swap: {', '.join(swaps)}; end it first (swapoff)")
         attachment = self._attachments.pop(name)
         report = attachment.report()
         await attachment.close()
