@@ -11,17 +11,21 @@ from ustack.nbd.client import NbdClient
 from ustack.nbd.connector import ExportEntry, connect, list_exports
 from ustack.nbd.errors import NbdOptionError, NbdProtocolError, NbdReadError
 from ustack.nbd.export_info import ExportInfo
+from ustack.nbd.mirror import MemberReport, NbdMirror, connect_mirror
 from ustack.nbd.uri import NbdUri
 
 __all__ = [
     "ExportEntry",
     "ExportInfo",
     "Extent",
+    "MemberReport",
     "NbdClient",
+    "NbdMirror",
     "NbdOptionError",
     "NbdProtocolError",
     "NbdReadError",
     "NbdUri",
     "connect",
+    "connect_mirror",
     "list_exports",
 ]

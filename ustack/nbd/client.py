@@ -219,6 +219,11 @@ class NbdClient:
         """Writes that the server has answered and that no flush has covered yet: how many, and their bytes."""
         return self._session.unflushed.count, self._session.unflushed.nbytes
 
+    @property
+    def lost(self) -> OSError | None:
+        """Why nothing can be sent any more; None as long as it can."""
+        return self._session.failure
+
     def counters(self) -> dict[str, int]:
         """What has happened to the connections: see `SessionCounters`."""
         report = self._session.counters.report()

@@ -162,6 +162,11 @@ class Session:
         return self._admission.count
 
     @property
+    def failure(self) -> OSError | None:
+        """Why nothing can be sent any more."""
+        return self._failure
+
+    @property
     def slow_requests(self) -> int:
         """See `SessionCounters.slow`."""
         return self.counters.slow + sum(connection.slow_requests for connection in self._up)
