@@ -31,6 +31,9 @@ REASSEMBLE: Final = 3
 """What is to become of the packet: `proto` begins at `at`; drop it for `reason`; also send "parameter problem" with `code` and
 `pointer`; a fragment header is at `at`."""
 
+_TRANSPORT_MIN: Final = {ipv6.NEXTHDR_TCP: 20, ipv6.NEXTHDR_UDP: 8, ipv6.NEXTHDR_ICMP: 8}
+"""Bytes of the smallest transport header."""
+
 _CHAIN: Final = frozenset({ipv6.NEXTHDR_HOP, ipv6.NEXTHDR_ROUTING, ipv6.NEXTHDR_FRAGMENT, ipv6.NEXTHDR_DEST})
 
 
@@ -87,6 +90,19 @@ class ExtensionHeaders:
         if proto == ipv6.NEXTHDR_NONE:
             return self._drop(DropReason.IP_NOPROTO)
         return DELIVER
+
+    def is_complete(self, head: memoryview, at: int, end: int, proto: int) -> bool:
+        """Whether the first fragment, which ends at `end`, has the whole chain from the header of type `proto` at `at` on, the
+        transport header with it (RFC 7112).
+        """
+        start = at
+        while proto in _CHAIN:
+            if at + 8 > end or at - start > BYTES_MAX:
+                return False
+            length = ipv6.FRAGMENT_LEN if proto == ipv6.NEXTHDR_FRAGMENT else (head[at + 1] + 1) << 3
+            proto = head[at]
+            at += length
+        return at + _TRANSPORT_MIN.get(proto, 1) <= end or proto == ipv6.NEXTHDR_NONE
 
     def _options(self, head: memoryview, at: int, end: int, l3: int, multicast: bool) -> int:
         count = padding = 0

@@ -216,7 +216,7 @@ class Ipv6(IpLayer):
         mib = self._mib
         mib.Ip6ReasmReqds += 1
         head = packet.frame.head
-        _, _, fragment, ident = ipv6.FRAGMENT.unpack_from(head, at)
+        proto, _, fragment, ident = ipv6.FRAGMENT.unpack_from(head, at)
         start = fragment & ipv6.FRAG_OFFSET
         more = fragment & ipv6.FRAG_MORE != 0
         data = at + ipv6.FRAGMENT_LEN
@@ -230,6 +230,9 @@ class Ipv6(IpLayer):
         elif at - packet.l4 + start + length > PACKET_MAX:
             reason = DropReason.PKT_TOO_BIG
             self.icmp.send_parameter_problem(packet, icmpv6.HDR_FIELD, at + 2 - packet.l3)
+        elif not start and not self._headers.is_complete(head, data, data + length, proto):
+            reason = DropReason.FRAG_TINY
+            self.icmp.send_parameter_problem(packet, icmpv6.HDR_INCOMP, 0)
         if reason is not None:
             mib.Ip6ReasmFails += 1
             self._drops.count(reason)

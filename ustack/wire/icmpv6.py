@@ -50,7 +50,8 @@ PORT_UNREACH: Final = 4
 HDR_FIELD: Final = 0
 UNK_NEXTHDR: Final = 1
 UNK_OPTION: Final = 2
-"""Codes of "parameter problem"."""
+HDR_INCOMP: Final = 3
+"""Codes of "parameter problem"; the last is RFC 7112."""
 
 
 class Icmpv6Header(NamedTuple):
