@@ -97,6 +97,8 @@ class DropReason(IntEnum):
     """Too many half-open connections."""
     TCP_ZEROWINDOW = auto()
     """Data while we advertised a window of zero."""
+    IP_RPFILTER = auto()
+    """The way back to the source does not lead through the interface that the packet came by (RFC 3704)."""
     TCP_OLD_DATA = auto()
     """Data, or a SYN, that was received before."""
     TCP_OVERWINDOW = auto()

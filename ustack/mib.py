@@ -63,6 +63,7 @@ class Mib:
         "TcpAttemptFails",
         "TcpEstabResets",
         "TcpExtDelayedACKs",
+        "TcpExtIPReversePathFilter",
         "TcpExtListenDrops",
         "TcpExtListenOverflows",
         "TcpExtOfoPruned",
@@ -233,6 +234,8 @@ class Mib:
         """Connections reset by the peer in ESTABLISHED or CLOSE-WAIT."""
         self.TcpExtDelayedACKs = 0
         """Acknowledgments that the delayed-ACK timer sent."""
+        self.TcpExtIPReversePathFilter = 0
+        """Packets dropped because the way back to their source leads elsewhere."""
         self.TcpExtListenDrops = 0
         """SYNs, and handshakes just finished, that a listener refused."""
         self.TcpExtListenOverflows = 0

@@ -23,8 +23,10 @@ from ustack.aio.tls import start_tls
 from ustack.aio.transport import create_connection, create_server
 from ustack.drops import Drops
 from ustack.env import Env
+from ustack.link.loopback import LoopbackDevice
 from ustack.link.rxring import LinearRing
 from ustack.link.sniffer import Sniffers
+from ustack.link.vlan import VlanDevice
 from ustack.mem.compaction import compact
 from ustack.mem.page_flip import PageFlipper, Policy
 from ustack.mem.reaper import Reaper
@@ -33,17 +35,18 @@ from ustack.mib import Mib
 from ustack.net.addresses import ANY4, ANY6
 from ustack.net.interface import Interface, InterfaceAddress, check_host
 from ustack.net.ip import Ip
-from ustack.net.ipv4 import Ipv4
+from ustack.net.ipv4 import Ipv4, Ipv4Config
 from ustack.net.ipv6 import Ipv6, Ipv6Config
 from ustack.skb import SkbMemory
 from ustack.sockaddr import pack_host
 from ustack.socket import Socket
-from ustack.timers import Timers
+from ustack.timers import Timer, Timers
 from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.tcp.congestion import CONTROLS
 from ustack.transport.tcp.protocol import Tcp
 from ustack.transport.tcp.reserve_size import Link, budget, ring_pages
 from ustack.transport.udp import Udp, UdpConfig
+from ustack.wire.ethernet import ETH_P_IP, ETH_P_IPV6
 from ustack.wire.ipv6 import MIN_MTU
 
 if TYPE_CHECKING:
@@ -63,6 +66,9 @@ DEFAULT_MEMORY: Final = 64 << 20
 RX_BUDGET: Final = 64
 """Frames that are received before answers are sent (the budget of NAPI)."""
 
+LOOPBACK_ROUNDS: Final = 16
+"""Times that a flush delivers what the stack has sent to itself."""
+
 
 class Stack:
     """A TCP/IP stack with its own packet memory.
@@ -74,7 +80,7 @@ class Stack:
     `lock_memory` keeps the arena from being swapped out. `capture` are the bytes that sniffers may pin (see `link.sniffer`); 0:
     nobody sniffs, and the memory is private. `zero_copy` lets sockets give received data away as pages, by the policy "copy" or
     "scrub" (see `mem.page_flip`); then nobody sniffs. `tcp` has the limits and times of TCP, `udp` the limits of UDP,
-    `ipv6` what routers may say and how our own addresses are made.
+    `ipv4` which sources are believed, `ipv6` what routers may say and how our own addresses are made.
     `random` seeds ports, sequence numbers and identifiers, and `now` is the clock in seconds until somebody moves it: leave
     them out except to repeat a run.
     Raises KeyError for a pool that does not exist, ValueError for less memory than a page or than the reserve and for `capture`
@@ -94,6 +100,7 @@ class Stack:
         zero_copy: Policy | None = None,
         tcp: TcpConfig | None = None,
         udp: UdpConfig | None = None,
+        ipv4: Ipv4Config | None = None,
         ipv6: Ipv6Config | None = None,
         random: Random | None = None,
         now: float = 0.0,
@@ -118,9 +125,16 @@ class Stack:
         self.reserve = Reserve(
             self.env, self.pages.min_pages if reserve is None else fixed, self._reserve_budget, self._ring_pages
         )
-        self.ip = Ipv4(self.env)
+        self.ip = Ipv4(self.env, ipv4)
         self.ip6 = Ipv6(self.env, ipv6)
         self.inet = Ip(self.ip, self.ip6)
+        self.loopback = LoopbackDevice(self._on_loopback)
+        self._loopback_timer = Timer(_nothing)
+        local = Interface(self.env, self.loopback, index=0, loopback=True)
+        self.loopback.attach(self.env.memory, self.drops, local.input)
+        local.handlers[ETH_P_IP] = self.ip.input
+        local.handlers[ETH_P_IPV6] = self.ip6.input
+        self.ip.loopback = self.ip6.loopback = local
         self.tcp = Tcp(self.env, self.inet, tcp or TcpConfig())
         self.udp = Udp(self.env, self.inet, udp or UdpConfig())
         self.interfaces: list[Interface] = []
@@ -149,7 +163,8 @@ class Stack:
                 if gateway is not None:
                     self._check_gateway(own, gateway)
             device.attach(self.env.memory, self.drops, interface.input)
-            self.sniffers.watch(device)
+            if not isinstance(device, VlanDevice):
+                self.sniffers.watch(device)  # frames with a tag are seen on the lower device
             try:
                 self.ip.add_interface(interface)
                 if own is not None and own.version == 6:
@@ -157,19 +172,36 @@ class Stack:
             except ValueError:
                 if interface in self.ip.interfaces:
                     self.ip.remove_interface(interface)
-                self.sniffers.forget(device)
+                if not isinstance(device, VlanDevice):
+                    self.sniffers.forget(device)
                 raise
         except (ValueError, OSError):
             device.close()
             raise
         self.interfaces.append(interface)
-        self.reserve.watch(device)
+        if not isinstance(device, VlanDevice):
+            self.reserve.watch(device)
         config = self.ip6.config
         if (config.accept_ra or config.autoconf) and device.mtu >= MIN_MTU:
             self.ip6.add_interface(interface)
         if own is not None and gateway is not None:
             self._add_default_route(interface, gateway)
         self.pump.add(device)
+        return interface
+
+    def add_vlan(
+        self, lower: Interface, vid: int, address: str | None = None, gateway: str | None = None, *, mtu: int = 0
+    ) -> Interface:
+        """An interface for the VLAN `vid` (802.1Q) on the device of `lower`, with an address and a gateway as `add_interface`
+        takes them. `mtu` 0 is that of the device, which a TAP device has room for.
+
+        Raises ValueError for an identifier that cannot be or is in use, and what `add_interface` raises.
+        """
+        device = VlanDevice(lower.device, vid, mtu)
+        if vid in lower.vlans:
+            raise ValueError(f"{lower.device.name}: VLAN {vid} is in use")
+        interface = self.add_interface(device, address, gateway)
+        lower.add_vlan(vid, interface)
         return interface
 
     def _add_default_route(self, interface: Interface, gateway: str) -> None:
@@ -226,9 +258,8 @@ class Stack:
         raise ValueError(f"route {network} via {via}: {via} is on none of our networks")
 
     def _links(self) -> list[Link]:
-        return [Link(each.device.mtu, isinstance(each.device.ring, LinearRing)) for each in self.interfaces] or [
-            Link(1500, False)
-        ]
+        devices = [each.device for each in self.interfaces if not isinstance(each.device, VlanDevice)]
+        return [Link(device.mtu, isinstance(device.ring, LinearRing)) for device in devices] or [Link(1500, False)]
 
     def _reserve_budget(self, demand: Demand) -> Budget:
         """What a connection with that demand needs, over whichever interface it takes most. Worked out once: it takes a scratch
@@ -261,6 +292,7 @@ class Stack:
             self.tcp.ofo_account,
             self.tcp.send_account,
             self.udp.account,
+            self.loopback.account,
             self.ip.fragments.account,
             self.ip6.fragments.account,
             *(interface.neighbours.account for interface in self.interfaces),
@@ -293,9 +325,26 @@ class Stack:
         self.env.batching = True
         self.tcp.flush()
         self.udp.flush()
+        if self.loopback.waiting:
+            self._deliver_loopback()
         if self.pages.under_pressure:
             self.reaper.wake()
         self.env.batching = False
+
+    def _deliver_loopback(self) -> None:
+        """Deliver what we sent to ourselves, and what follows from it, up to a budget; the rest comes at once, but after what
+        devices have.
+        """
+        for _ in range(LOOPBACK_ROUNDS):
+            self.loopback.poll(RX_BUDGET)
+            self.tcp.flush()
+            self.udp.flush()
+            if not self.loopback.waiting:
+                return
+        self.timers.set(self._loopback_timer, self.timers.now)
+
+    def _on_loopback(self) -> None:
+        self.env.want_flush()
 
     def tick(self) -> None:
         """Bring the clock up to date before a call that comes from outside a batch."""
@@ -360,8 +409,14 @@ class Stack:
         self.ip6.close()
         self.ip.close()
         self.reaper.close()
+        self._loopback_timer.cancel()
+        self.loopback.close()
         self.sniffers.close()
         for interface in self.interfaces:
             interface.device.close()
         self.interfaces.clear()
         self.arena.keep_pages()
+
+
+def _nothing() -> None:
+    """What has come due is done by the flush that follows."""

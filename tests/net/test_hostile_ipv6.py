@@ -232,7 +232,8 @@ def test_options_of_neighbour_discovery_are_all_whole_or_none_counts(parts: list
     assert (options is None) == (0 in counted)
     if options is not None:
         assert len(options.prefixes) + len(options.routes) <= ndp.OPTIONS_MAX
-        assert all(each.prefix_len <= 128 and len(each.prefix) == 16 for each in (*options.prefixes, *options.routes))
+        assert all(each.prefix_len <= 128 and len(each.prefix) == 16 for each in options.prefixes)
+        assert all(each.prefix_len <= 128 and len(each.prefix) == 16 for each in options.routes)
 
 
 # -- neighbours and routers --

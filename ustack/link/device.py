@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 ETH_HLEN: Final = 14
 """Bytes of an Ethernet header."""
 
+VLAN_HLEN: Final = 4
+"""Bytes of an 802.1Q tag, which a frame may have on top of the MTU."""
+
 FEATURE_CSUM: Final = 1
 """Completes the transport checksum of a frame that is sent with `csum_offset` set (NETIF_F_HW_CSUM)."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import pytun
 
 from ustack.drops import DropReason
-from ustack.link.device import ETH_HLEN, FEATURE_CSUM, FEATURE_TSO, NO_CSUM, Device
+from ustack.link.device import ETH_HLEN, FEATURE_CSUM, FEATURE_TSO, NO_CSUM, VLAN_HLEN, Device
 from ustack.link.rxring import LinearRing, PagedRing
 from ustack.wire import vnet
 
@@ -35,9 +35,6 @@ TUN_F_CSUM: Final = 1
 TUN_F_TSO4: Final = 2
 TUN_F_TSO6: Final = 4
 TUN_F_TSO_ECN: Final = 8
-
-VLAN_HLEN: Final = 4
-"""A frame may have one tag on top of the MTU."""
 
 SUPER_FRAME: Final = 65535 + ETH_HLEN
 """Bytes of the largest frame that the kernel builds."""

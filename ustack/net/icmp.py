@@ -116,7 +116,7 @@ class Icmp:
         start = packet.l4 + icmp.HEADER_LEN
         end = min(packet.l4 + packet.l4_len, len(head))
         quoted = ipv4.parse_header(head, start, end)
-        if quoted is None or quoted.src not in self._ipv4.addresses or quoted.frag & ipv4.IP_OFFSET:
+        if quoted is None or not self._ipv4.is_own(quoted.src) or quoted.frag & ipv4.IP_OFFSET:
             self._refuse(DropReason.ICMP_MALFORMED)
             return
         l4 = bytes(head[start + quoted.ihl : min(end, start + quoted.ihl + QUOTED_L4_MAX)])

@@ -150,8 +150,8 @@ class Icmpv6:
         start = packet.l4 + icmpv6.HEADER_LEN
         end = min(packet.l4 + packet.l4_len, len(head))
         quoted = ipv6.parse_header(head, start, end)
-        zone = packet.interface.zone
-        if quoted is None or with_zone(quoted.src, zone) not in self._ipv6.addresses:
+        zone = packet.src[16:] or packet.interface.zone
+        if quoted is None or not self._ipv6.is_own(with_zone(quoted.src, zone)):
             self._refuse(DropReason.ICMP_MALFORMED)
             return
         src, dst = with_zone(quoted.src, zone), with_zone(quoted.dst, zone)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ustack.net.neighbour import NeighbourParameters
 
 _DST_AND_TYPE: Final = Struct("!6s6xH")
+_TAG: Final = Struct("!HH")
+
+_VID: Final = 0x0FFF
+"""The bits of a tag that name the VLAN; of 0 the tag says only how urgent the frame is (IEEE 802.1Q, section 9.6)."""
 
 RESERVE_PROTOCOLS: Final = frozenset({ethernet.ETH_P_ARP, ethernet.ETH_P_IP, ethernet.ETH_P_IPV6, ethernet.ETH_P_8021Q})
 """Ethertypes that a frame in a buffer from the reserve may have (skb_pfmemalloc_protocol): what a memalloc socket's peer can
@@ -92,7 +96,8 @@ class Interface:
     `addresses` are its IPv4 addresses; `address`, `prefix_len`, `network` and `broadcast` are those of the first, which is the
     source of what names no other (b"", 0, b"" and None when there is none). `broadcasts` are the broadcast addresses of all.
     `index` is the number by which sockets call the interface (sin6_scope_id), and `zone` what stands behind its link-local
-    addresses. `handlers` maps an ethertype to `handler(interface, frame, offset)`, with the offset of the network header.
+    addresses. `loopback`: what arrives here is what we have sent ourselves. `vlans` are the interfaces of the VLANs on the
+    device. `handlers` maps an ethertype to `handler(interface, frame, offset)`, with the offset of the network header.
     """
 
     __slots__ = (
@@ -107,9 +112,11 @@ class Interface:
         "handlers",
         "index",
         "inet6",
+        "loopback",
         "neighbours",
         "network",
         "prefix_len",
+        "vlans",
         "zone",
     )
 
@@ -121,8 +128,12 @@ class Interface:
         prefix_len: int = 0,
         parameters: NeighbourParameters | None = None,
         index: int = 1,
+        *,
+        loopback: bool = False,
     ) -> None:
         self.device = device
+        self.loopback = loopback
+        self.vlans: dict[int, Interface] = {}
         self.index = index
         self.zone = addresses.zone(index)
         self.addresses: list[InterfaceAddress] = []
@@ -201,9 +212,39 @@ class Interface:
             return
         handler(self, frame, ethernet.HEADER_LEN)
 
+    def add_vlan(self, vid: int, interface: Interface) -> None:
+        """Hand frames with the tag of the VLAN `vid` to `interface`. Raises ValueError when somebody has them already."""
+        if vid in self.vlans:
+            raise ValueError(f"{self.device.name}: VLAN {vid} is in use")
+        self.vlans[vid] = interface
+        self.handlers[ethernet.ETH_P_8021Q] = Interface.input_tagged
+
+    def input_tagged(self, frame: RxFrame, offset: int) -> None:
+        """A frame arrived with a tag at `offset`: hand it to the protocol that the ethertype behind the tag names, on the
+        interface of the VLAN.
+        """
+        if frame.len < offset + _TAG.size:
+            self._drops.count(DropReason.PKT_TOO_SMALL)
+            return
+        tag, ethertype = _TAG.unpack_from(frame.head, offset)
+        vid = tag & _VID
+        interface = self.vlans.get(vid) if vid else self
+        handler = None if interface is None or ethertype == ethernet.ETH_P_8021Q else interface.handlers.get(ethertype)
+        if frame.pfmemalloc and ethertype not in RESERVE_PROTOCOLS:
+            self._drops.count(DropReason.PFMEMALLOC)
+        elif interface is None or handler is None:
+            self._drops.count(DropReason.UNHANDLED_PROTO)
+        else:
+            if interface is not self:
+                stats = interface.device.stats
+                stats.rx_packets += 1
+                stats.rx_bytes += frame.len
+            handler(interface, frame, offset + _TAG.size)
+
     def close(self) -> None:
         """Take nothing more in, forget the neighbours, free what waits for them. The device stays open."""
         self.handlers.clear()
+        self.vlans.clear()
         self.arp.close()
         self.neighbours.close()
         if self.inet6 is not None:

@@ -51,7 +51,7 @@ class Ip:
 
     def is_own(self, address: bytes) -> bool:
         """Whether the packed `address` is ours and in use."""
-        return address in (self.v4.addresses if len(address) == 4 else self.v6.addresses)
+        return self.v4.is_own(address) if len(address) == 4 else self.v6.is_own(address)
 
     def is_broadcast(self, address: bytes) -> bool:
         """Whether `address` is the broadcast address of one of our networks."""

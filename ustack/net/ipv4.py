@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ustack.drops import DropReason
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
     from ustack.link.rxring import RxFrame
     from ustack.net.interface import Interface, InterfaceAddress
 
+LOOPBACK4: Final = bytes((127, 0, 0, 1))
+LOOPBACK_NET: Final = 127
+"""The address that stands for ourselves, and the first byte of all that do (RFC 1122, section 3.2.1.3 g)."""
+
+RP_OFF: Final = 0
+RP_STRICT: Final = 1
+RP_LOOSE: Final = 2
+"""What is asked of the source of a packet that arrives (RFC 3704; Linux, rp_filter): nothing; that the way back to it leads
+through the interface that it came by; that there is a way back.
+"""
+
 LIMITED_BROADCAST: Final = b"\xff\xff\xff\xff"
 """Everybody on the link (RFC 1122, section 3.2.1.3)."""
 
@@ -37,13 +49,24 @@ _FRAGMENT: Final = ipv4.IP_MF | ipv4.IP_OFFSET
 _BROADCAST_PROTOCOLS: Final = (ipv4.IPPROTO_ICMP, ipv4.IPPROTO_UDP)
 
 
+@dataclass(slots=True)
+class Ipv4Config:
+    """One stack's IPv4 settings. Names are those of Linux sysctls (net.ipv4.conf.*)."""
+
+    rp_filter: int = RP_OFF
+    """Whether the way back to the source of a packet must lead through the interface that it came by: 0 no, 1 yes (strict),
+    2 through any (loose; RFC 3704).
+    """
+
+
 class Ipv4(IpLayer):
     """IPv4 of one stack. `addresses` maps each of our addresses to its interface; for the rest see `IpLayer`."""
 
-    __slots__ = ("_drops", "_mib", "_never_sources", "_packet", "_whole", "addresses", "fragments", "icmp", "routes")
+    __slots__ = ("_drops", "_mib", "_never_sources", "_packet", "_whole", "addresses", "config", "fragments", "icmp", "routes")
 
-    def __init__(self, env: Env) -> None:
+    def __init__(self, env: Env, config: Ipv4Config | None = None) -> None:
         super().__init__(env)
+        self.config = config or Ipv4Config()
         self.addresses: dict[bytes, Interface] = {}
         self.routes = RouteTable(self.invalidate)
         self._drops = env.drops
@@ -139,12 +162,18 @@ class Ipv4(IpLayer):
         if dst != interface.address or head[0] & 1:
             broadcast = dst == LIMITED_BROADCAST or dst in interface.broadcasts
             # A unicast packet in a broadcast frame is refused (RFC 1122, section 3.3.6), TCP to a broadcast address as well.
-            if (proto not in _BROADCAST_PROTOCOLS) if broadcast else (dst not in self.addresses or head[0] & 1):
+            unknown = dst not in self.addresses and not (interface.loopback and dst[0] == LOOPBACK_NET)
+            if (proto not in _BROADCAST_PROTOCOLS) if broadcast else (unknown or head[0] & 1):
                 self._drops.count(DropReason.IP_INADDRERRORS)
                 return
         first = src[0]
-        if first >= 224 or first == 127 or not first or src in self._never_sources:
-            self._drops.count(DropReason.IP_INADDRERRORS)
+        if first >= 224 or first == LOOPBACK_NET or not first or src in self._never_sources:
+            if not interface.loopback or first >= 224 or not first:
+                self._drops.count(DropReason.IP_INADDRERRORS)
+                return
+        elif self.config.rp_filter and not self._way_back(src, interface):
+            self._mib.TcpExtIPReversePathFilter += 1
+            self._drops.count(DropReason.IP_RPFILTER)
             return
         if frag & _FRAGMENT:
             self._fragment_arrives(interface, frame, offset, ihl, broadcast)
@@ -167,6 +196,18 @@ class Ipv4(IpLayer):
             return
         self._mib.IpInDelivers += 1
         handler(packet)
+
+    def _way_back(self, src: bytes, interface: Interface) -> bool:
+        """Whether `rp_filter` lets a packet from `src` in (fib_validate_source)."""
+        if self.config.rp_filter == RP_LOOSE:
+            return self.routes.lookup(src) is not None
+        for routes in self.routes.matches(src):
+            return any(route.interface is interface for route in routes if route.metric == routes[0].metric)
+        return False
+
+    def is_own(self, address: bytes) -> bool:
+        """Whether packets to `address` come back to us."""
+        return address in self.addresses or (address[0] == LOOPBACK_NET and self.loopback is not None)
 
     def _refuse_protocol(self, packet: IpPacket) -> None:
         if packet.frame.pfmemalloc:
@@ -256,8 +297,13 @@ class Ipv4(IpLayer):
     # -- out --
 
     def _make_path(self, dst: bytes, src: bytes | None) -> Path:
-        if src is not None and src not in self.addresses:
+        if src is not None and not self.is_own(src):
             raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+        if self.loopback is not None:
+            if dst in self.addresses or dst[0] == LOOPBACK_NET:
+                return self._path_to_us(self.loopback, dst, src or (LOOPBACK4 if dst[0] == LOOPBACK_NET else dst))
+            if src is not None and src[0] == LOOPBACK_NET:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         broadcast = self._broadcast_interface(dst, src)
         if broadcast is not None:
             everybody = broadcast.neighbours.permanent(dst, ethernet.BROADCAST)

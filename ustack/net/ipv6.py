@@ -150,21 +150,22 @@ class Ipv6(IpLayer):
             self._drops.count(DropReason.IP_INHDR)
             return
         if needs_zone(src):
-            src += interface.zone
+            src += interface.zone if not interface.loopback else self._own_zone(src)
         multicast = dst[0] == 0xFF
         if dst[0] >= 0xFE and needs_zone(dst):
-            dst += interface.zone
+            dst += interface.zone if not interface.loopback else self._own_zone(dst)
         if multicast:
             inet6 = interface.inet6
             if inet6 is None or dst not in inet6.groups:
                 self._drops.count(DropReason.IP_INADDRERRORS)
                 return
-        elif dst not in self.addresses or head[0] & 1:
+        elif (dst not in self.addresses and not (interface.loopback and dst == LOOPBACK6)) or head[0] & 1:
             self._drops.count(DropReason.IP_INADDRERRORS)
             return
         if src[0] == 0xFF or src in self.addresses or src == LOOPBACK6 or (not src[0] and src.startswith(V4_MAPPED)):
-            self._drops.count(DropReason.IP_INADDRERRORS)
-            return
+            if not interface.loopback or src[0] == 0xFF:
+                self._drops.count(DropReason.IP_INADDRERRORS)
+                return
         packet = self._packet
         packet.interface = interface
         packet.frame = frame
@@ -194,6 +195,17 @@ class Ipv6(IpLayer):
             packet.l4_len = at + payload_len - headers.at
             names_proto = offset + headers.pointer
         self.deliver(packet, names_proto)
+
+    def _own_zone(self, address: bytes) -> bytes:
+        """The zone of our own link-local `address`, of which a packet that we sent to ourselves does not tell."""
+        for interface in self.interfaces:
+            if address + interface.zone in self.addresses:
+                return interface.zone
+        return b""
+
+    def is_own(self, address: bytes) -> bool:
+        """Whether packets to `address` come back to us."""
+        return address in self.addresses or (address == LOOPBACK6 and self.loopback is not None)
 
     def deliver(self, packet: IpPacket, names_proto: int) -> None:
         """Hand a whole packet to its protocol, which the byte at `names_proto` of the frame names."""
@@ -279,8 +291,13 @@ class Ipv6(IpLayer):
     # -- out --
 
     def _make_path(self, dst: bytes, src: bytes | None) -> Path:
-        if src is not None and src not in self.addresses:
+        if src is not None and not self.is_own(src):
             raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+        if self.loopback is not None:
+            if self.is_own(dst):
+                return self._path_to_us(self.loopback, dst, src or dst)
+            if src == LOOPBACK6:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if dst in self.addresses or dst in (ANY6, LOOPBACK6):
             raise self._no_route()
         interface, via = self._next_hop(dst, src)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
 
+from ustack.net.path import Path
 from ustack.timers import Timer
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from ustack.env import Env
     from ustack.link.rxring import RxFrame
     from ustack.net.interface import Interface
-    from ustack.net.path import Path
 
 PATHS_MAX: Final = 1024
 """Paths kept; the one that was looked up longest ago goes first."""
@@ -55,13 +55,16 @@ class IpPacket:
 
 
 class IpLayer(ABC):
-    """One version of IP of one stack. `interfaces` are those that it uses; `protocols` maps each protocol to its handler."""
+    """One version of IP of one stack. `interfaces` are those that it uses, but for `loopback`, which leads to ourselves (None:
+    nothing does); `protocols` maps each protocol to its handler.
+    """
 
-    __slots__ = ("_paths", "_pmtu", "_pmtu_timer", "env", "interfaces", "protocols")
+    __slots__ = ("_paths", "_pmtu", "_pmtu_timer", "env", "interfaces", "loopback", "protocols")
 
     def __init__(self, env: Env) -> None:
         self.env = env
         self.interfaces: list[Interface] = []
+        self.loopback: Interface | None = None
         self.protocols: dict[int, Callable[[IpPacket], None]] = {}
         self._paths: dict[bytes, Path] = {}  # by dst, or dst + src; the one looked up last comes last
         self._pmtu: dict[bytes, tuple[float, int]] = {}  # by dst: when it expires, and the MTU; oldest first
@@ -92,6 +95,10 @@ class IpLayer(ABC):
     @abstractmethod
     def _make_path(self, dst: bytes, src: bytes | None) -> Path:
         """See `path`."""
+
+    def _path_to_us(self, loopback: Interface, dst: bytes, src: bytes) -> Path:
+        """The path to our own address `dst`: by the loopback device, whose station has no address."""
+        return Path(self.env, loopback, loopback.neighbours.permanent(dst, loopback.device.mac), src, dst, broadcast=False)
 
     def invalidate(self) -> None:
         """Routes or addresses have changed: every path is to be looked up again."""
