@@ -16,7 +16,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ustack import sockaddr
-from ustack.mem.reserve import Demand
 from ustack.net.addresses import ANY4, ANY6, is_any, is_multicast
 from ustack.socket_options import GETTERS, SETTERS, TCP_INQ
 from ustack.socket_poll import readiness
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     from ustack.env import Env
     from ustack.mem.page_flip import GivenPages, PageFlipper
-    from ustack.mem.reserve import Reserve
+    from ustack.mem.reserve import Demand, Reserve
     from ustack.net.interface import Interface
     from ustack.net.ip import Ip
     from ustack.skb import Buffer
@@ -656,14 +655,16 @@ class Socket:
         else:
             self.host.reserve.clear_memalloc()
 
-    def reserve_for(self, queue_depth: int, request_size: int) -> None:
-        """Say what the memalloc socket is used for: so many requests in flight, with so many bytes of data each. The reserve is
-        made large enough (where it is "auto"), and what the socket may queue in either direction is bounded by it.
+    def reserve_for(self, demand: Demand, owner: object = None) -> None:
+        """Say what the memalloc socket is used for. The reserve is made large enough (where it is "auto"), and what the socket
+        may queue in either direction is bounded by it.
 
-        Raises OSError ENOMEM when there is not enough packet memory for that.
+        It stays so until the socket is closed; with an `owner`, who has all the connections of the demand, until he calls
+        `reserve.release(owner)`: who connects again must find it as he left it. Raises OSError ENOMEM when there is not enough
+        packet memory for that.
         """
         self._check_open()
-        budget = self.host.reserve.claim(self, Demand(queue_depth, request_size))
+        budget = self.host.reserve.claim(self if owner is None else owner, demand)
         if budget is None:
             return
         self.options.sndbuf, self.options.rcvbuf = budget.sndbuf, budget.rcvbuf

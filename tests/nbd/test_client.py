@@ -22,6 +22,9 @@ from ustack.nbd.handshake import Aborted, ExportDescribed, Purpose
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ustack.mem.reserve import Demand
+    from ustack.nbd.connection import Connector
+
 GO_REQUEST = len(wire.asked())
 """Bytes that the client sends to get into the transmission phase of the default export."""
 STEPS: tuple[bytes | int, ...] = (wire.GREETING, 20, wire.negotiation(MIB)[18:], GO_REQUEST - 20)
@@ -375,21 +378,22 @@ class Wrapped:
 
     @property
     def reserve(self) -> Any:
-        return SimpleNamespace(may_begin=lambda: True)
+        return SimpleNamespace(may_begin=lambda: True, release=lambda owner: self._log.append("reserve released"))
 
     def set_memalloc(self, on: bool) -> None:
         self._log.append(f"memalloc {on}")
 
-    def reserve_for(self, queue_depth: int, request_size: int) -> None:
-        self._log.append(f"reserve for {queue_depth} * {request_size}")
+    def reserve_for(self, demand: Demand, owner: object) -> None:
+        self._log.append(f"reserve for {demand.connections} * {demand.queue_depth} * {demand.request_size}")
 
     def write(self, data: bytes) -> None:
         self._log.append("write")
         self._transport.write(data)
 
 
-async def test_the_socket_is_marked_memalloc_before_the_first_byte_is_sent() -> None:
-    log: list[str] = []
+def memalloc_connector(uri: str, log: list[str]) -> Connector:
+    """A way to the server at `uri` by sockets that can be marked memalloc, and write down what is done with them."""
+    port = int(uri.rpartition(":")[2])
 
     async def connector(factory: Callable[[], asyncio.BufferedProtocol]) -> tuple[Any, Any]:
         def wrapping() -> asyncio.BufferedProtocol:
@@ -400,11 +404,25 @@ async def test_the_socket_is_marked_memalloc_before_the_first_byte_is_sent() -> 
 
         return await asyncio.get_running_loop().create_connection(wrapping, "127.0.0.1", port)
 
+    return connector
+
+
+async def test_the_socket_is_marked_memalloc_before_the_first_byte_is_sent() -> None:
+    log: list[str] = []
+    async with serving() as uri, await NbdClient.open(memalloc_connector(uri, log), dead_after=0) as disk:
+        await disk.flush()
+        assert log[:3] == ["memalloc True", "reserve for 1 * 64 * 65536", "write"]
+        assert "reserve released" not in log
+    assert log.count("reserve released") == 1
+
+
+async def test_the_reserve_is_released_when_the_export_cannot_be_had() -> None:
+    log: list[str] = []
     async with serving() as uri:
-        port = int(uri.rpartition(":")[2])
-        async with await NbdClient.open(connector, dead_after=0) as disk:
-            await disk.flush()
-    assert log[:3] == ["memalloc True", "reserve for 64 * 65536", "write"]
+        with pytest.raises(OSError, match="no such export"):
+            await NbdClient.open(memalloc_connector(uri, log), "another", dead_after=0)
+    assert log[0] == "memalloc True"
+    assert log[-1] == "reserve released"
 
 
 async def test_another_create_connection_is_asked_for_host_and_port() -> None:

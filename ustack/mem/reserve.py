@@ -31,14 +31,17 @@ SHARE_MAX: Final = 2
 
 
 class Demand(NamedTuple):
-    """What a memalloc connection is used for: requests in flight at once, and bytes of data of one."""
+    """What memalloc connections are used for: requests in flight at once on one, bytes of data of a request, and how many
+    connections there are at a time.
+    """
 
     queue_depth: int
     request_size: int
+    connections: int = 1
 
 
 class Budget(NamedTuple):
-    """What a connection may use: `sndbuf` and `rcvbuf`, in bytes of truesize, and `pages` of reserve that hold either."""
+    """What one connection may use: `sndbuf` and `rcvbuf`, in bytes of truesize, and `pages` of reserve that hold either."""
 
     sndbuf: int
     rcvbuf: int
@@ -52,7 +55,7 @@ class Reserve:
     receive rings. `throttled` counts how often a new request had to wait for memory.
     """
 
-    __slots__ = ("_budget_of", "_budgets", "_env", "_fixed", "_rings", "_rings_hold", "ring_pages", "sockets", "throttled")
+    __slots__ = ("_budget_of", "_claims", "_env", "_fixed", "_rings", "_rings_hold", "ring_pages", "sockets", "throttled")
 
     def __init__(
         self, env: Env, fixed: int | None, budget_of: Callable[[Demand], Budget], ring_pages: Callable[[], int]
@@ -61,7 +64,7 @@ class Reserve:
         self._fixed = fixed
         self._budget_of = budget_of
         self.ring_pages = ring_pages
-        self._budgets: dict[object, Budget] = {}
+        self._claims: dict[object, tuple[Demand, Budget]] = {}
         self._rings: list[LinearRing] = []
         self._rings_hold = 0
         self.sockets = 0
@@ -101,15 +104,16 @@ class Reserve:
         return False
 
     def claim(self, user: object, demand: Demand) -> Budget | None:
-        """`user` needs memory for `demand` from now on; returns what it may use, or None where there is no reserve.
+        """`user` needs memory for `demand` from now on, until `release`, instead of what it claimed before; returns what a
+        connection may use, or None where there is no reserve.
 
         Raises OSError ENOMEM when the reserve would be more than half of the arena.
         """
         if self._fixed == 0:
             return None
         budget = self._budget_of(demand)
-        before = self._budgets.get(user)
-        self._budgets[user] = budget
+        before = self._claims.get(user)
+        self._claims[user] = demand, budget
         if self._fixed is None:
             try:
                 self.resize()
@@ -119,20 +123,21 @@ class Reserve:
             return budget
         rings = self.ring_pages()
         self._rings_hold = min(rings, self._fixed // 2)
-        most = max(self._fixed - rings, 1) // len(self._budgets) << PAGE_SHIFT
+        connections = sum(demand.connections for demand, _ in self._claims.values())
+        most = max(self._fixed - rings, 1) // connections << PAGE_SHIFT
         return Budget(min(budget.sndbuf, most), min(budget.rcvbuf, most), min(budget.pages, self._fixed))
 
     def release(self, user: object) -> None:
         """`user` needs nothing any more."""
-        if user in self._budgets:
+        if user in self._claims:
             self._give_back(user, None)
             self.resize()
 
-    def _give_back(self, user: object, before: Budget | None) -> None:
+    def _give_back(self, user: object, before: tuple[Demand, Budget] | None) -> None:
         if before is None:
-            del self._budgets[user]
+            del self._claims[user]
         else:
-            self._budgets[user] = before
+            self._claims[user] = before
 
     def fix(self, pages: int | None) -> None:
         """Have so many pages from now on, or (None) what the demands add up to. Raises OSError ENOMEM, as `claim`."""
@@ -145,7 +150,7 @@ class Reserve:
         wanted = self._fixed
         if wanted is None:
             least = default_min_pages(pages.pages)
-            wanted = sum(budget.pages for budget in self._budgets.values())
+            wanted = sum(demand.connections * budget.pages for demand, budget in self._claims.values())
             if wanted:
                 self._rings_hold = self.ring_pages()
                 wanted += self._rings_hold

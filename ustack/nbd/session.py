@@ -26,6 +26,7 @@ import errno
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
+from ustack.mem.reserve import Demand
 from ustack.nbd.admission import Admission
 from ustack.nbd.cache_check import lost_samples
 from ustack.nbd.call import CHANGES, Call
@@ -131,25 +132,28 @@ class Session:
         """Connect and negotiate. Nothing is tried twice here, except that each connector has a turn; raises the OSError of the
         last, see `Connection.open`, and ValueError."""
         session = cls(connectors, export, **options)
-        reconnection = session._reconnection
-        connection = await reconnection.first()
-        session.info = connection.info
-        session.structured_replies = connection.structured_replies
-        session.extended_headers = connection.extended_headers
-        session.contexts = connection.contexts
-        session.tls = connection.tls
-        session.unflushed = UnflushedWrites(session.info.minimum_block)
-        if not session.info.can_multi_conn:
-            reconnection.wanted = 1
-        session._admission = session._room_for(reconnection.wanted)
-        session._join(connection)
         try:
-            while session.connections < reconnection.wanted:
-                session._join(await reconnection.connect())
+            await session._begin()
         except BaseException:
             await session.close(0)
             raise
         return session
+
+    async def _begin(self) -> None:
+        reconnection = self._reconnection
+        connection = await reconnection.first()
+        self.info = connection.info
+        self.structured_replies = connection.structured_replies
+        self.extended_headers = connection.extended_headers
+        self.contexts = connection.contexts
+        self.tls = connection.tls
+        self.unflushed = UnflushedWrites(self.info.minimum_block)
+        if not self.info.can_multi_conn:
+            reconnection.wanted = 1
+        self._admission = self._room_for(reconnection.wanted)
+        self._join(connection)
+        while self.connections < reconnection.wanted:
+            self._join(await reconnection.connect())
 
     @property
     def connections(self) -> int:
@@ -317,10 +321,11 @@ class Session:
 
     def connected(self, sock: Any) -> None:
         """Mark a socket of our own stack memalloc, so that even the negotiation may use the reserve, and make that large
-        enough."""
+        enough. It stays ours until the end: between two connections the memory would fill, and the next could not begin.
+        """
         if hasattr(sock, "reserve_for"):
             sock.set_memalloc(True)
-            sock.reserve_for(self._queue_depth, self._request_size)
+            sock.reserve_for(Demand(self._queue_depth, self._request_size, self._reconnection.wanted), self)
             self._reserve = sock.reserve
 
     def answered(self, connection: Connection, calls: list[Call]) -> None:
@@ -477,6 +482,8 @@ class Session:
         # Those who wait in line go on and find out why.
         self._admission.closed = True
         self._admitted()
+        if self._reserve is not None:
+            self._reserve.release(self)
         if not self._ended.done():
             self._ended.set_result(None)
         if not self._leaving:
