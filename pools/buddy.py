@@ -170,6 +170,10 @@ class PageAllocator:
             self._fell_to(free)
         return pfn
 
+    def refuse(self, order: int) -> None:
+        """Count an ordinary allocation of 2**order pages as failed: there are none above `min`, who asks has seen it."""
+        self.failures[order] += 1
+
     def alloc_bulk(self, count: int, gfp: int, owner: int) -> Sequence[int]:
         """Allocate `count` single pages, in ascending order: all of them, or none and an empty sequence.
 

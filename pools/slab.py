@@ -292,7 +292,8 @@ class KmemCache:
         if pages.free_pages <= pages.min_pages and not (self.shared.entry or self._partial or self._free):
             # No object and no page above `min`: when memory is out this happens for every object, and must not cost much. Who
             # may use the reserve does so before anything is reaped, as in Linux (__alloc_pages_slowpath).
-            addr = self._alloc_from_reserve(array) if may_use_reserve(gfp) else pages.alloc(self.order, gfp, self._owner)
+            pages.refuse(self.order)
+            addr = self._alloc_from_reserve(array) if may_use_reserve(gfp) else NULL
             if addr >= 0 or self._shrink is None or not self._shrink():
                 return addr
         found = self._refill(array)

@@ -44,7 +44,7 @@ async def ping(
     dont_fragment: bool = False,
 ) -> Ping:
     """Send echo requests with `size` bytes of payload every `interval` seconds until `count` are answered, or for `patience`
-    seconds. A reply lost is counted, not raised.
+    seconds. A reply lost is counted, not raised; when replies are late, ping sends more than it was to.
     """
     done = await namespace.arun(
         *(require_tool("ping"), "-n", "-c", str(count), "-s", str(size), "-i", str(interval), "-w", str(patience)),
@@ -58,7 +58,7 @@ async def ping(
     assert counted, output
     rtt = PING_RTT.search(output)
     times = [float(part) / 1000 for part in rtt.groups()] if rtt else [0.0, 0.0, 0.0]
-    return Ping(int(counted[1]), int(counted[2]), times[0], times[1], times[2], output)
+    return Ping(int(counted[1]), min(int(counted[2]), count), times[0], times[1], times[2], output)
 
 
 class Transfer(NamedTuple):

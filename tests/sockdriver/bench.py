@@ -32,7 +32,7 @@ MAC: Final = bytes.fromhex("02000000000a")
 BROADCAST: Final = b"\xff" * 6
 ETH_P_ALL: Final = 3
 
-PATIENCE: Final = 5.0
+PATIENCE: Final = 30.0
 """Seconds that something may take."""
 SILENCE: Final = 0.15
 """Seconds after which nothing is taken to come."""
