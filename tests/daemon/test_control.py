@@ -147,7 +147,7 @@ async def test_a_datagram_listener_ends_with_its_client_too(tmp_path: Path) -> N
 
 async def until(fact: Callable[[], bool]) -> None:
     """Let the event loop run until `fact` is so."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not fact():
             await asyncio.sleep(0)
 
