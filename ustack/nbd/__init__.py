@@ -11,6 +11,7 @@ from ustack.nbd.client import NbdClient
 from ustack.nbd.connector import ExportEntry, connect, list_exports
 from ustack.nbd.errors import NbdOptionError, NbdProtocolError, NbdReadError
 from ustack.nbd.export_info import ExportInfo
+from ustack.nbd.file import NbdFile, open_file
 from ustack.nbd.mirror import MemberReport, NbdMirror, connect_mirror
 from ustack.nbd.uri import NbdUri
 
@@ -20,6 +21,7 @@ __all__ = [
     "Extent",
     "MemberReport",
     "NbdClient",
+    "NbdFile",
     "NbdMirror",
     "NbdOptionError",
     "NbdProtocolError",
@@ -28,4 +30,5 @@ __all__ = [
     "connect",
     "connect_mirror",
     "list_exports",
+    "open_file",
 ]
