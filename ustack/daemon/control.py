@@ -9,6 +9,8 @@
     -> {"call": "connect", "args": {"host": "10.77.0.1", "port": 1}}
     <- {"error": {"errno": 111, "message": "Connection refused"}}
 
+`attach` and `detach` do with a disk what a section [[nbd]] of the configuration does, while the daemon runs.
+
 With the `ok` of `capture` come descriptors, by which the client maps the packet memory (`ustack.daemon.capture`); the capture
 ends when the client closes its side.
 

@@ -1,4 +1,4 @@
-"""Network block devices: protocol without I/O, asyncio client, small server, copy.
+"""Network block devices: protocol without I/O, asyncio client, server, copy.
 
 `connect` is the way in. Source of everything here: the NBD specification,
 https://github.com/NetworkBlockDevice/nbd/tree/master/doc

@@ -263,7 +263,7 @@ class ServerTransmission:
             _refuse(command, NBD_EPERM, "the export is read-only")
         elif info.flags & _NEEDS.get(kind, 0) != _NEEDS.get(kind, 0):
             _refuse(command, NBD_EINVAL, f"{COMMAND_NAMES[kind]} is not offered")
-        elif command.flags & ~allowed or not self._offers(kind, command.flags):
+        elif command.flags and (command.flags & ~allowed or not self._offers(kind, command.flags)):
             _refuse(command, NBD_EINVAL, f"flags {command.flags:#x} do not go with {COMMAND_NAMES[kind]}")
         elif kind == NBD_CMD_FLUSH:
             if command.offset or command.length:
