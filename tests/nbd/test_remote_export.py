@@ -395,6 +395,30 @@ async def test_qemus_client_and_server_with_extended_headers_see_extents_of_giga
         ]
 
 
+@pytest.mark.e2e
+async def test_dirty_bitmaps_of_qemu_are_passed_on(tmp_path: Path) -> None:
+    image = str(tmp_path / "image")
+    await run("qemu-img", "create", "-q", "-f", "qcow2", image, "4M")
+    await run("qemu-img", "bitmap", "--add", image, "changes")
+    await run("qemu-io", "-c", "write 1M 128k", image)
+    context = "qemu:dirty-bitmap:changes"
+    async with activated(tmp_path, "qemu-nbd", "-t", "-r", "-B", "changes", "-f", "qcow2", image) as (uri, _):
+        disk = await open_disk([uri], meta_contexts=["base:allocation", context])
+        server = NbdServer([RemoteExport(disk)])
+        await server.listen_unix(str(tmp_path / "front"))
+        front = f"nbd+unix:///?socket={tmp_path}/front"
+        seen = json.loads(await run("nbdinfo", f"--map={context}", "--json", front))
+        assert [(each["offset"], each["length"], each["type"]) for each in seen] == [
+            (0, MIB, 0),
+            (MIB, 131072, 1),
+            (MIB + 131072, 3 * MIB - 131072, 0),
+        ]
+        both = json.loads(await run("nbdinfo", "--json", front))["exports"][0]["contexts"]
+        assert sorted(both) == ["base:allocation", context]
+        await server.close()
+        await disk.close()
+
+
 class Counted(RemoteExport):
     """Counts what it is asked."""
 

@@ -39,6 +39,7 @@ class _Wanted:
     via: str
     control: str
     connections: int
+    contexts: tuple[str, ...]
     dead_after: float
 
 
@@ -77,6 +78,12 @@ class _Wanted:
 )
 @control_option
 @click.option("--connections", type=click.IntRange(1, 16), default=1, show_default=True, help="Connections to a URI's server.")
+@click.option(
+    "--context",
+    "contexts",
+    multiple=True,
+    help="A metadata context of a URI's disk to pass on besides base:allocation; may be repeated.",
+)
 @click.option(
     "--dead-after",
     type=click.FloatRange(min=0),
@@ -140,6 +147,7 @@ def _server(wanted: _Wanted, exports: list[Export]) -> NbdServer:
 async def _exports(wanted: _Wanted, disks: list[NbdClient]) -> list[Export]:
     """The exports; the remote ones' disks, which are to be closed in the end, are appended to `disks`."""
     from ustack.nbd.connector import open_disk
+    from ustack.nbd.constants import BASE_ALLOCATION
     from ustack.nbd.export import FileExport, MemoryExport
     from ustack.nbd.remote_export import RemoteExport
 
@@ -153,6 +161,7 @@ async def _exports(wanted: _Wanted, disks: list[NbdClient]) -> list[Export]:
                 [parse_uri(source)],
                 create_connection=connection_maker(wanted.via, wanted.control),
                 connections=wanted.connections,
+                meta_contexts=(BASE_ALLOCATION, *wanted.contexts),
                 dead_after=wanted.dead_after or None,
                 on_event=_reporter(source),
             )
