@@ -346,6 +346,23 @@ async def test_libnbd_has_many_requests_in_flight(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
+async def test_nbd_client_which_asks_for_no_block_sizes_may_go_beyond_them(tmp_path: Path) -> None:
+    """It comes to the point where it needs a device, and the kernel's requests may have more bytes than the server takes."""
+    limits = ("blocksize-minimum=1", "blocksize-maximum=64k", "blocksize-preferred=4k", "blocksize-error-policy=error")
+    arguments = ("--filter=blocksize-policy", "memory", "4M", *limits)
+    async with nbdkit(tmp_path, *arguments) as (uri, _), forwarding(tmp_path, uri):
+        said = await run("nbd-client", "-unix", str(tmp_path / "front"), "/dev/null", status=1)
+        assert "size = 4MB" in said
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "front"))
+        writer.write(b"\0\0\0\x03" + wire.option(wire.GO, wire.info_data("")))
+        await reader.readexactly(18 + 32 + 20)
+        writer.write(wire.request(wire.WRITE, 1, 0, MIB, payload=b"k" * MIB) + wire.request(wire.READ, 2, 0, MIB))
+        assert await reader.readexactly(16) == wire.simple(1)
+        assert await reader.readexactly(16 + MIB) == wire.simple(2, 0, b"k" * MIB)
+        writer.close()
+
+
+@pytest.mark.e2e
 async def test_errors_that_come_now_and_then_reach_the_one_they_are_for(tmp_path: Path) -> None:
     trigger = tmp_path / "inject"
     arguments = ("error=ENOSPC", "error-pwrite-rate=100%", f"error-file={trigger}")

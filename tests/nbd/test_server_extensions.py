@@ -153,6 +153,18 @@ def test_who_does_not_ask_for_the_block_sizes_of_a_picky_export_does_not_get_it(
     assert handshake.chosen == PICKY_WITHOUT_DF
 
 
+def test_payloads_of_the_default_size_are_taken_from_who_does_not_know_better() -> None:
+    assert {asked: chosen_maximum(*asked) for asked in ((), (3,))} == {(): 32 << 20, (3,): 1 << 20}
+
+
+def chosen_maximum(*asked: int) -> int:
+    """Bytes that a client that asks for these infos may send."""
+    handshake = ServerHandshake({"": Offer(ExportInfo("", 1 << 30, maximum_payload=1 << 20))})
+    handshake.receive_data(FIXED + wire.option(wire.GO, wire.info_data("", *asked)))
+    assert handshake.chosen is not None
+    return handshake.chosen.maximum_payload
+
+
 PICKY_WITHOUT_DF = ExportInfo("picky", 1 << 20, wire.ALL_FLAGS & ~wire.DF, minimum_block=4096)
 
 

@@ -21,7 +21,7 @@ from ustack.nbd.constants import (
     NBD_EIO,
 )
 from ustack.nbd.errors import NbdProtocolError
-from ustack.nbd.server_handshake import ServerHandshake
+from ustack.nbd.server_handshake import ServerHandshake, without_limit
 from ustack.nbd.server_replies import HeaderStyle, ReplyEncoder
 from ustack.nbd.server_transmission import ServerTransmission
 from ustack.nbd.tls import TlsSettings, TlsTransport
@@ -89,7 +89,7 @@ class ServerConnection(asyncio.BufferedProtocol):
             self._handshake = ServerHandshake(server.offers, server.tls_policy)
             self._timer = self._loop.call_later(HANDSHAKE_TIMEOUT, self.drop)
         else:
-            self._begin(ServerTransmission(export.info, export.destination), export, HeaderStyle.SIMPLE)
+            self._begin(ServerTransmission(without_limit(export.info), export.destination), export, HeaderStyle.SIMPLE)
 
     # -- asyncio.BufferedProtocol --------------------------------------------------------------------------------------
 

@@ -285,7 +285,7 @@ class ServerHandshake:
         if NBD_INFO_BLOCK_SIZE in wanted:
             self._block_sizes_known.add(name)
         elif option == NBD_OPT_GO and _is_picky(info) and name not in self._block_sizes_known:
-            # Who asks promises to obey. Who does not would have every request refused.
+            # Who asks promises to obey.
             self._reply(option, NBD_REP_ERR_BLOCK_SIZE_REQD, f"blocks have {info.minimum_block} bytes".encode())
             return False
         self._reply(option, NBD_REP_INFO, struct.pack(">HQH", NBD_INFO_EXPORT, info.size, info.flags))
@@ -358,7 +358,7 @@ class ServerHandshake:
         return offer.info if flags == offer.info.flags else replace(offer.info, flags=flags)
 
     def _choose(self, name: str, info: ExportInfo) -> None:
-        self.chosen = info
+        self.chosen = info if name in self._block_sizes_known else without_limit(info)
         if self._selected_for != name:
             self.contexts = ()  # they were selected for another export
 
@@ -367,9 +367,17 @@ class ServerHandshake:
         self._out += data
 
 
+def without_limit(info: ExportInfo) -> ExportInfo:
+    """An export for a client that does not know its block sizes: payloads of the default size are taken then, since every
+    export can do them in parts."""
+    if info.maximum_payload >= DEFAULT_MAXIMUM_PAYLOAD:
+        return info
+    return replace(info, maximum_payload=DEFAULT_MAXIMUM_PAYLOAD)
+
+
 def _is_picky(info: ExportInfo) -> bool:
-    """A client that asks for nothing would break the block size constraints ("Block size constraints")."""
-    return info.minimum_block > COMMON_BLOCK or info.maximum_payload < DEFAULT_MAXIMUM_PAYLOAD
+    """A client that asks for no block sizes would have every request refused ("Block size constraints")."""
+    return info.minimum_block > COMMON_BLOCK
 
 
 def _queries(data: bytes) -> list[bytes] | None:
