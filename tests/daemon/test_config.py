@@ -167,6 +167,18 @@ def test_every_fault_is_named_at_once() -> None:
         (LEAST.replace("tap0", "a-name-far-too-long"), "allowed is a string of at most 15 characters"),
         ("device = 'tap0'\n[[address]]\naddress = '10.0.0.1/8'\n", "[device]: allowed is a table"),
         (LEAST + "[nbd]\nname = 'a'\n", "[nbd]: allowed is an array of tables"),
+        (
+            LEAST + "[[nbd]]\nname = 'a'\nuri = 'nbd://10.0.0.1/'\ndevice = '/dev/sda'\n",
+            'device = "/dev/sda": allowed is "auto" or a device of the kernel\'s nbd, such as "/dev/nbd0"',
+        ),
+        (
+            LEAST + "[[nbd]]\nname = 'a'\nuri = 'nbd://10.0.0.1/'\nunix = '/s'\nunix_mode = '0888'\n",
+            'unix_mode = "0888": allowed is permission bits as an octal string',
+        ),
+        (
+            LEAST + "".join(f"[[nbd]]\nname = '{n}'\nuri = 'nbd://10.0.0.1/'\nunix = '/s'\ndevice = 'auto'\n" for n in "ab"),
+            '[[nbd]] number 2, unix = "/s": allowed is each only once',
+        ),
         ("[device\n", "not TOML: "),
     ],
 )
