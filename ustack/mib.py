@@ -67,6 +67,8 @@ class Mib:
         "TcpExtListenDrops",
         "TcpExtListenOverflows",
         "TcpExtOfoPruned",
+        "TcpExtPAWSActive",
+        "TcpExtPAWSEstab",
         "TcpExtPFMemallocDrop",
         "TcpExtPruneCalled",
         "TcpExtRcvPruned",
@@ -242,6 +244,10 @@ class Mib:
         """Those of TcpExtListenDrops that found the queue of connections to accept full."""
         self.TcpExtOfoPruned = 0
         """Times that out-of-order data was given up to make room."""
+        self.TcpExtPAWSActive = 0
+        """SYN-ACKs reset because they echo a timestamp that no SYN of ours had."""
+        self.TcpExtPAWSEstab = 0
+        """Segments dropped because their timestamp is older than one that was seen before (RFC 7323, section 5)."""
         self.TcpExtPFMemallocDrop = 0
         """Segments in the reserve for sockets that may not use it: the drop rule."""
         self.TcpExtPruneCalled = 0

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Final
 from ustack.mem.socket import SOCK_MIN_SNDBUF
 from ustack.net.path import HOPS_DEFAULT, PMTUDISC_DONT, PMTUDISC_PROBE
 from ustack.transport.tcp.congestion import CONTROLS
-from ustack.transport.tcp.connection import QUICK_ACKS
 from ustack.transport.tcp.fastopen import CLIENT
-from ustack.transport.tcp.output import ACK_NONE, push, send_ack
+from ustack.transport.tcp.output import ACK_NONE, QUICK_ACKS, TAIL_BY_OPTIONS, TAIL_SENT, push, send_ack
 from ustack.transport.tcp.pacing import update as update_pacing
 from ustack.transport.tcp.states import State
 from ustack.transport.tcp.timers import start_keepalive
@@ -123,7 +122,7 @@ def _set_nodelay(sock: Socket, option: int, value: int | bytes) -> None:
     _set_flag(sock, "nodelay" if option == names.TCP_NODELAY else "cork", value)
     if sock.stream is not None:
         sock.host.tick()
-        push(sock.stream)
+        push(sock.stream, TAIL_SENT if sock.options.nodelay and option == names.TCP_NODELAY else TAIL_BY_OPTIONS)
 
 
 def _set_quickack(sock: Socket, _option: int, value: int | bytes) -> None:

@@ -160,6 +160,8 @@ class Calls:
         if descriptor.socket.datagram is not None and args.get("addr") is not None:
             return {"ret": descriptor.socket.sendto_nowait(data, _address(args))}
         if flags & socket.MSG_FASTOPEN:
+            if args.number("family", socket.AF_INET) == socket.AF_UNSPEC:
+                raise _error(errno.EOPNOTSUPP)
             return {"ret": await self._fast_open(descriptor, data, flags, _address(args))}
         return {"ret": await blocking.send(descriptor, data, flags)}
 
@@ -167,6 +169,9 @@ class Calls:
         """sendto(2) with MSG_FASTOPEN: connect with what fits the SYN; a call that waits then sends the rest."""
         waits = not (descriptor.nonblocking or flags & socket.MSG_DONTWAIT)
         sent = 0
+        conn = descriptor.socket.stream
+        if conn is not None and conn.synchronized:
+            return await blocking.send(descriptor, data, flags & ~socket.MSG_FASTOPEN)
         try:
             sent = descriptor.socket.sendto_nowait(data, address, socket.MSG_FASTOPEN)
         except BlockingIOError:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CHUNK: Final = 1 << 16
 """Bytes that are read from stdin at once."""
 
+NAMES: Final = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
+"""Of two names for a number the one that sockets use."""
+
 log: Final = logging.getLogger(__name__)
 
 
@@ -169,4 +172,4 @@ class Driver:
 
 
 def _failed(number: int, reason: str) -> Reply:
-    return {"ret": -1, "errno": errno.errorcode.get(number, number), "reason": reason}
+    return {"ret": -1, "errno": NAMES.get(number, number), "reason": reason}

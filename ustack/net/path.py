@@ -69,9 +69,9 @@ class Path:
 
     `version` is that of the addresses. `head` is the frame template, with room for a transport header of 60 bytes at `l4`.
     `mtu` is the path MTU in bytes of IP packet; it changes when the path turns out to be narrower, and again when that has been
-    forgotten. `hop_limit` is for packets that do not say how far they may go. `pseudo` is the sum of the addresses as the
-    pseudo-header has them. `obsolete` means that the path still works as far as is known, but routes or addresses have changed:
-    look it up again. `tso` says whether `send` takes a `gso_size`; `broadcast` that `dst` is a broadcast address (never a
+    forgotten; `link_mtu` is that of the device, and what may arrive. `hop_limit` is for packets that do not say how far they
+    may go. `pseudo` is the sum of the addresses as the pseudo-header has them. `obsolete` means that the path still works as
+    far as is known, but routes or addresses have changed: look it up again. `tso` says whether `send` takes a `gso_size`; `broadcast` that `dst` is a broadcast address (never a
     group's); `congestion` names the route's congestion control, if it has one. Who sees that packets arrive says so with
     `neighbour.confirm()`.
     """
@@ -82,7 +82,6 @@ class Path:
         "_drops",
         "_env",
         "_ident",
-        "_link_mtu",
         "_lladdr",
         "_mib",
         "_sum",
@@ -95,6 +94,7 @@ class Path:
         "hop_limit",
         "interface",
         "l4",
+        "link_mtu",
         "mtu",
         "neighbour",
         "obsolete",
@@ -113,7 +113,7 @@ class Path:
         self.src = src
         self.dst = dst
         self.broadcast = broadcast
-        self._link_mtu = device.mtu
+        self.link_mtu = device.mtu
         self.hop_limit = HOPS_DEFAULT
         self.obsolete = False
         self.congestion = ""
@@ -127,9 +127,9 @@ class Path:
             ethertype = ethernet.ETH_P_IPV6
             on_wire = src[:16] + dst[:16]
             if interface.inet6 is not None:
-                self._link_mtu = interface.inet6.mtu
+                self.link_mtu = interface.inet6.mtu
                 self.hop_limit = 1 if is_multicast(dst) else interface.inet6.hop_limit
-        self.mtu = self._link_mtu
+        self.mtu = self.link_mtu
         self.head = bytearray(self.l4 + tcp.HEADER_MAX)
         self._view = memoryview(self.head)
         ethernet.HEADER.pack_into(self.head, 0, bytes(6), device.mac, ethertype)
@@ -178,7 +178,7 @@ class Path:
         view = self._view
         if self.version == 4:
             self._mib.IpOutRequests += 1
-            if total > (65535 if gso_size else self.mtu) and not (probe and total <= self._link_mtu):
+            if total > (65535 if gso_size else self.mtu) and not (probe and total <= self.link_mtu):
                 if not df and not gso_size:
                     return self._send_fragments(proto, l4_len, payload, length, csum_at, tos, ttl, gfp)
                 self._mib.IpFragFails += 1
@@ -192,7 +192,7 @@ class Path:
             _FIELDS.pack_into(head, L3, _VERSION_IHL | tos, total, ident, flags, ttl_proto, checksum)
         else:
             self._mib.Ip6OutRequests += 1
-            if total > (65535 if gso_size else self.mtu) and not (probe and total <= self._link_mtu):
+            if total > (65535 if gso_size else self.mtu) and not (probe and total <= self.link_mtu):
                 if not df and not gso_size:
                     return self._send_fragments(proto, l4_len, payload, length, csum_at, tos, ttl, gfp)
                 self._mib.Ip6FragFails += 1
@@ -318,7 +318,7 @@ class Path:
 
     def widen(self) -> None:
         """Forget what was learned about the path's MTU."""
-        self.mtu = self._link_mtu
+        self.mtu = self.link_mtu
         self._df = ipv4.IP_DF
 
     def close(self) -> None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ustack.transport.tcp.connection import QUICK_ACKS
-from ustack.wire.tcp import ACK, PSH, URG
+from ustack.transport.tcp.output import QUICK_ACKS
+from ustack.wire.tcp import ACK, PSH, SYN, URG
 
 if TYPE_CHECKING:
     from tests.transport.tcp.peer import Peer, User
@@ -18,6 +18,7 @@ def user(peer: Peer) -> User:
     """The user of a connection that is past its quick start."""
     user = peer.connects()
     user.conn.quick_acks = 0
+    user.conn.ato = peer.config.delack
     return user
 
 
@@ -38,6 +39,7 @@ def test_an_ack_waits_forty_milliseconds(peer: Peer, user: User) -> None:
 
 
 def test_an_ack_rides_on_the_answer(peer: Peer, user: User) -> None:
+    user.conn.pingpong = True
     peer.sends(ACK | PSH, length=100)
     peer.waits(0.01)
     user.reads(100)
@@ -45,6 +47,47 @@ def test_an_ack_rides_on_the_answer(peer: Peer, user: User) -> None:
     peer.expects(ACK, seq=1, ack=101, length=50)
     peer.sends(ACK)
     peer.expects_nothing_for(1)
+
+
+def test_who_has_read_everything_acknowledges_the_end_of_a_message(peer: Peer, user: User) -> None:
+    """Nothing is likely to follow, and there was no answer so far (tcp_cleanup_rbuf)."""
+    peer.sends(ACK | PSH, length=100)
+    peer.waits(0.01)
+    user.reads(60)
+    peer.expects_nothing()
+    user.reads(40)
+    peer.expects(ACK, ack=101)
+
+
+def test_more_than_a_full_segment_is_acknowledged_at_once(peer: Peer, user: User) -> None:
+    peer.sends(ACK, length=1460)
+    peer.expects_nothing()
+    peer.sends(ACK, length=1)
+    peer.expects(ACK, ack=1462)
+    user.reads(1461)
+
+
+def test_after_a_long_pause_acks_come_at_once_again(peer: Peer, user: User) -> None:
+    """The sender has perhaps started from its initial window again (tcp_event_data_recv)."""
+    peer.waits(2.0)
+    peer.sends(ACK, length=100)
+    peer.expects(ACK, ack=101)
+    user.reads(100)
+
+
+def test_a_delayed_ack_that_nothing_carried_waits_longer_next_time_but_no_longer_than_a_round_trip(peer: Peer) -> None:
+    peer.listens()
+    peer.sends(SYN, seq=0, mss=1460)
+    peer.expects(SYN | ACK)
+    peer.waits(0.1)
+    peer.sends(ACK)
+    user = peer.user()
+    user.conn.quick_acks = 0
+    user.conn.ato = peer.config.delack
+    for pause in (0.04, 0.08, 0.1):
+        peer.sends(ACK, length=100)
+        peer.expects(ACK, after=pause)
+    user.reads(300)
 
 
 @pytest.mark.parametrize("size", [1460, 1000, 536])

@@ -32,7 +32,7 @@ def acked(inflight: Inflight, una: int) -> AckSample:
 def sacked(inflight: Inflight, left: int, right: int) -> AckSample:
     """Acknowledge `left .. right` selectively."""
     sample = AckSample()
-    inflight.on_sack(left, right, sample)
+    inflight.on_sack(left, right, sample, 0)
     return sample
 
 

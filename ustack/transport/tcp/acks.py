@@ -103,7 +103,7 @@ def _take_sack(conn: Connection, blocks: tuple[tuple[int, int], ...], ack: int, 
         if not position and _is_duplicate(conn, blocks, left, right, edge):
             _on_dsack(conn, left, right, sample)
         elif edge <= left < right <= nxt:  # one beyond what was sent is a lie
-            conn.inflight.on_sack(left, right, sample)
+            conn.inflight.on_sack(left, right, sample, conn.mss)
 
 
 def _is_duplicate(conn: Connection, blocks: tuple[tuple[int, int], ...], left: int, right: int, edge: int) -> bool:
@@ -158,7 +158,7 @@ def _control_congestion(conn: Connection, sample: AckSample, advanced: bool) -> 
     elif phase is CWR or phase is RECOVERY:
         must_send = advanced and not conn.sack_ok  # a partial ACK (RFC 6582, section 3.2, step 3)
         recovery.reduction.on_ack(cc, in_flight, sample.delivered, sample.lost, advanced, must_send)
-    elif phase is LOSS or (recovery.cwnd_limited and (sample.acked or recovery.rack.reordering > conn.tcp.config.reordering)):
+    elif recovery.usage.limits(cc) and (phase is LOSS or sample.acked or recovery.rack.reordering > conn.tcp.config.reordering):
         sample.after_timeout = phase is LOSS
         sample.srtt = conn.rtt.srtt
         sample.una = conn.snd_una

@@ -42,10 +42,6 @@ if TYPE_CHECKING:
     from ustack.transport.tcp.pacing import Pacer
     from ustack.transport.tcp.protocol import Tcp
 
-QUICK_ACKS: Final = 16
-"""Segments that are acknowledged at once when a connection starts, so that the peer leaves slow start soon (TCP_MAX_QUICKACKS).
-"""
-
 RATIO_INITIAL: Final = 128
 """`win_ratio` (payload per truesize, in 256ths) until segments have been seen: one half, as Linux (tcp_adv_win_scale = 1)."""
 
@@ -57,11 +53,17 @@ class Connection:
     last acknowledged) and `rcv_adv` (the right edge of the window that we advertised, which never moves left); `no_room_at` is
     RCV.NXT when a segment that begins there was dropped for want of memory, else -1: until it comes again or the user has read,
     the window that we say is 0 (ICSK_ACK_NOMEM of tcp_select_window; Linux 6.5).
+
+    Acknowledgments: `ato` is how long one may wait, in seconds, 0 until data has come; `ack_pushed` counts, up to 2, the small
+    segments that the next one is for; `last_segment` is the size of the last segment that was smaller than `rcv_mss`.
+    `push_seq`: what lies before it was written by a user who had no more to say.
     """
 
     __slots__ = (
         "ack_due",
+        "ack_pushed",
         "adv_mss",
+        "ato",
         "bytes_retrans",
         "cc",
         "charges",
@@ -81,6 +83,7 @@ class Connection:
         "last_ack_sent",
         "last_data",
         "last_received",
+        "last_segment",
         "last_sent",
         "listener",
         "local_port",
@@ -97,6 +100,7 @@ class Connection:
         "persist_shift",
         "pingpong",
         "probes",
+        "push_seq",
         "quick_acks",
         "rate",
         "rcv_adv",
@@ -177,6 +181,7 @@ class Connection:
         self.snd_wscale = 0
         self.max_window = 0
         self.nagle_end = self.iss
+        self.push_seq = self.iss
         self.irs = 0
         self.rcv_nxt = 0
         self.rcv_wup = 0
@@ -186,7 +191,7 @@ class Connection:
         self.fin_seq = -1
 
         self.mtu = path.mtu
-        self.adv_mss = path.mtu - path.l4 + ETH_HLEN - HEADER_LEN
+        self.adv_mss = path.link_mtu - path.l4 + ETH_HLEN - HEADER_LEN
         if options.maxseg:
             self.adv_mss = min(self.adv_mss, options.maxseg)
         self.peer_mss = 536 if path.version == 4 else 1220  # what may be assumed (RFC 9293, section 3.7.1)
@@ -199,7 +204,9 @@ class Connection:
         self.last_ack_sent = 0
 
         self.ack_due = output.ACK_NONE
-        self.quick_acks = QUICK_ACKS
+        self.ack_pushed = 0
+        self.ato = 0.0
+        self.quick_acks = output.QUICK_ACKS
         self.pingpong = False
         self.last_received = now
         self.last_data = -1.0
@@ -207,6 +214,7 @@ class Connection:
         self.stray_at = now
         self.stalled_at = now
         self.rcv_mss = 536
+        self.last_segment = 0
         self.win_ratio = RATIO_INITIAL
         self.rcv_ssthresh = output.WINDOW_UNCLAMPED
         self.rcvbuf = options.rcvbuf or config.rmem_default
@@ -344,8 +352,9 @@ class Connection:
         if taken:
             complete = taken == len(view)
             if more and complete:
-                output.hold(self)
+                output.push(self, output.TAIL_HELD)
             else:
+                self.push_seq = queue.end
                 output.push(self)
             if complete:
                 return taken

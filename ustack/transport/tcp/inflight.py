@@ -270,19 +270,24 @@ class Inflight:
                 sample.original = True
             if segment.seq < sample.reordered:
                 sample.reordered = segment.seq
+        sample.rack_last = sent_at
         if sent_at >= sample.rack_sent_at:
             sample.rack_sent_at = sent_at
             sample.rack_end = end
 
-    def on_sack(self, left: int, right: int, sample: AckSample) -> None:
-        """The peer holds `left .. right`: note in `sample` what of it is new."""
+    def on_sack(self, left: int, right: int, sample: AckSample, mss: int) -> None:
+        """The peer holds `left .. right`: note in `sample` what of it is new. A part of a single segment, of at most `mss`
+        bytes, is nothing (tcp_match_skb_to_sack).
+        """
         segments = self.segments
         index = bisect_right(segments, left, key=_end)
         while index < len(segments):
             segment = segments[index]
             if segment.seq >= right:
                 break
-            if segment.flags & SACKED:
+            if segment.flags & SACKED or (
+                (segment.seq < left or segment.end > right) and segment.end - segment.seq - segment.fin <= mss
+            ):
                 index += 1
                 continue
             if segment.seq < left:

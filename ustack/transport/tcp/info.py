@@ -17,6 +17,7 @@ TCPI_OPT_TIMESTAMPS: Final = 1
 TCPI_OPT_SACK: Final = 2
 TCPI_OPT_WSCALE: Final = 4
 TCPI_OPT_ECN: Final = 8
+TCPI_OPT_SYN_DATA: Final = 32
 """Bits of `tcpi_options`."""
 
 INFINITE_SSTHRESH: Final = 0x7FFFFFFF
@@ -41,6 +42,8 @@ def tcp_info(conn: Connection) -> dict[str, int | bool | str]:
     options = TCPI_OPT_TIMESTAMPS * conn.ts_ok | TCPI_OPT_SACK * conn.sack_ok | TCPI_OPT_ECN * conn.ecn.ok
     if conn.snd_wscale >= 0 and conn.synchronized:
         options |= TCPI_OPT_WSCALE
+    if conn.fastopen:
+        options |= TCPI_OPT_SYN_DATA
     return {
         "congestion": cc.name,
         "tcpi_state": int(conn.state),
@@ -54,7 +57,7 @@ def tcp_info(conn: Connection) -> dict[str, int | bool | str]:
         "tcpi_rcv_wscale": conn.rcv_wscale,
         "tcpi_delivery_rate_app_limited": conn.rate.rate_app_limited,
         "tcpi_rto": micro(rtt.rto),
-        "tcpi_ato": micro(conn.tcp.config.delack),
+        "tcpi_ato": micro(conn.ato),
         "tcpi_snd_mss": mss,
         "tcpi_rcv_mss": conn.rcv_mss,
         "tcpi_unacked": segments(inflight.outstanding()),
@@ -82,7 +85,7 @@ def tcp_info(conn: Connection) -> dict[str, int | bool | str]:
         "tcpi_notsent_bytes": max(conn.send_queue.end - conn.snd_nxt, 0),
         "tcpi_min_rtt": micro(rtt.minimum),
         "tcpi_delivery_rate": int(conn.rate.rate),
-        "tcpi_delivered": segments(conn.rate.delivered),
+        "tcpi_delivered": segments(conn.rate.delivered) + (conn.snd_una > conn.iss),
         "tcpi_bytes_sent": sent + conn.bytes_retrans,
         "tcpi_bytes_retrans": conn.bytes_retrans,
         "tcpi_dsack_dups": segments(conn.dsack_bytes),

@@ -15,8 +15,8 @@ from ustack.transport.events import ORPHAN, READABLE, SHUT_RD
 from ustack.transport.tcp import output
 from ustack.transport.tcp.acks import process_ack
 from ustack.transport.tcp.arriving import HALF, MARKED, unwrap
-from ustack.transport.tcp.opening import in_syn_recv, in_syn_sent
-from ustack.transport.tcp.output import ACK_DELAYED, ACK_NONE, ACK_NOW, MASK32, WINDOW_UNCLAMPED
+from ustack.transport.tcp.opening import MSS_DEFAULT, in_syn_recv, in_syn_sent
+from ustack.transport.tcp.output import ACK_DELAYED, ACK_NONE, ACK_NOW, MASK32, QUICK_ACKS, WINDOW_UNCLAMPED
 from ustack.transport.tcp.prune import grow_window, make_room, prune_ofo_queue
 from ustack.transport.tcp.states import CAN_RECEIVE, CLOSE, ESTABLISHED, RECEIVES_FIN, SYN_RECV, SYN_SENT, State
 from ustack.wire.tcp import ACK, FIN, FLAGS_MASK, PSH, RST, SYN
@@ -28,8 +28,13 @@ if TYPE_CHECKING:
 PAWS_EXPIRES: Final = 24 * 86400.0
 """Seconds after which a remembered timestamp proves nothing any more (RFC 7323, section 5.5)."""
 
-DELACK_PINGPONG_SEGMENTS: Final = 2
-"""Full segments that may arrive per acknowledgment (RFC 9293, section 3.8.6.3)."""
+DELACK_MAX: Final = 0.2
+DELACK_MAX_PUSHED: Final = 0.5
+"""Seconds that an acknowledgment waits at most: when it is likely that data will carry it or that nothing follows, and
+otherwise (TCP_DELACK_MAX; RFC 9293, section 3.8.6.3, MUST-40)."""
+
+MIN_MSS: Final = 88
+"""Bytes of the smallest segment that may be a full one (TCP_MIN_MSS)."""
 
 STRAY_PAUSE: Final = 0.5
 """Seconds between answers to bare ACKs from outside the window: two ends that disagree must not answer each other for ever
@@ -74,6 +79,7 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
     if conn.ts_ok and segment.ts_val >= 0:
         age = (segment.ts_val - conn.ts_recent) & MASK32
         if age >= HALF and not flags & RST and conn.tcp.env.timers.now - conn.ts_recent_at < PAWS_EXPIRES:
+            conn.tcp.env.mib.TcpExtPAWSEstab += 1
             _duplicate_ack(conn)
             return DropReason.TCP_RFC7323_PAWS
     if seq > max(conn.rcv_adv, rcv_nxt) or end + (flags & FIN) + bool(flags & SYN) < conn.rcv_wup:
@@ -97,7 +103,7 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
     # Fifth, ACK.
     if not flags & ACK:
         return DropReason.TCP_FLAGS
-    if age >= 0 and seq <= conn.last_ack_sent:
+    if age >= 0 and seq <= conn.last_ack_sent and unwrap(segment.ack, conn.snd_una) <= conn.snd_nxt:
         conn.ts_recent = segment.ts_val
         conn.ts_recent_at = conn.tcp.env.timers.now
     reason = _process_ack(conn, segment, seq)
@@ -254,7 +260,14 @@ def _take(conn: Connection, segment: ArrivingSegment, offset: int, size: int) ->
     """
     queue = conn.receive_queue
     frame = segment.frame
+    gap = conn.last_received - conn.last_data
     conn.last_data = conn.last_received
+    if conn.ato != (ato := conn.tcp.config.delack) or gap > ato / 2:
+        _follow_gaps(conn, gap)
+    if size < conn.rcv_mss:
+        _learn_small(conn, segment, size)
+    elif segment.flags & PSH and not conn.ack_pushed:
+        conn.ack_pushed = 1
     if conn.rcv_ssthresh != WINDOW_UNCLAMPED:
         grow_window(conn, size)
     if conn.reader is not None and not queue.queue and not conn.handed:
@@ -337,12 +350,63 @@ def _schedule_ack(conn: Connection) -> None:
     if conn.quick_acks and not conn.pingpong:
         conn.quick_acks -= 1
         conn.ack_due = ACK_NOW
-    elif conn.rcv_nxt - conn.rcv_wup >= DELACK_PINGPONG_SEGMENTS * conn.rcv_mss:
-        conn.ack_due = ACK_NOW
-    elif conn.ack_due == ACK_NONE:
+    elif conn.rcv_nxt - conn.rcv_wup > conn.rcv_mss:
+        conn.ack_due = ACK_NOW  # more than a full segment (__tcp_ack_snd_check)
+    else:
+        _delay_ack(conn)
+
+
+def _delay_ack(conn: Connection) -> None:
+    """An acknowledgment may wait, for as long as the peer pauses between segments (tcp_send_delayed_ack)."""
+    timers_ = conn.tcp.env.timers
+    least = conn.tcp.config.delack
+    pause = conn.ato
+    if pause > least:
+        most = DELACK_MAX if conn.pingpong or conn.ack_pushed else DELACK_MAX_PUSHED
+        if conn.rtt.srtt:
+            most = min(most, max(conn.rtt.srtt, least))
+        pause = min(pause, most, DELACK_MAX)
+    if conn.ack_due == ACK_NONE:
         conn.ack_due = ACK_DELAYED
-        timers_ = conn.tcp.env.timers
-        timers_.set(conn.delack_timer, timers_.now + conn.tcp.config.delack)
+        timers_.set(conn.delack_timer, timers_.now + pause)
+    elif conn.delack_timer.deadline <= timers_.now + pause / 4:
+        conn.ack_due = ACK_NOW  # the timer is about to expire
+    elif timers_.now + pause < conn.delack_timer.deadline:
+        timers_.set(conn.delack_timer, timers_.now + pause)
+
+
+def _follow_gaps(conn: Connection, gap: float) -> None:
+    """Data came `gap` seconds after the last: so long may an acknowledgment wait, more or less (tcp_event_data_recv)."""
+    least = conn.tcp.config.delack
+    if not conn.ato:
+        conn.ato = least
+        _quicken_acks(conn)
+    elif gap <= least / 2:
+        conn.ato = conn.ato / 2 + least / 2
+    elif gap < conn.ato:
+        conn.ato = min(conn.ato / 2 + gap, conn.rtt.rto, DELACK_MAX)
+    elif gap > conn.rtt.rto:
+        _quicken_acks(conn)  # so long a pause, and the sender has perhaps a small window again
+
+
+def _quicken_acks(conn: Connection) -> None:
+    """Acknowledge at once for a while (tcp_incr_quickack)."""
+    window = conn.rcv_adv - conn.rcv_nxt
+    conn.quick_acks = max(conn.quick_acks, min(window // (2 * conn.rcv_mss) or 2, QUICK_ACKS))
+
+
+def _learn_small(conn: Connection, segment: ArrivingSegment, size: int) -> None:
+    """A segment that is not full, unless another of the same size comes: the peer's segments may have become smaller
+    (tcp_measure_rcv_mss).
+    """
+    last = conn.last_segment
+    conn.last_segment = 0
+    if size >= MSS_DEFAULT or (size >= MIN_MSS and not segment.flags & (PSH | FIN)):
+        conn.last_segment = size
+        if size == last:
+            conn.rcv_mss = size
+            return
+    conn.ack_pushed = min(conn.ack_pushed + 1, 2)
 
 
 def _on_fin(conn: Connection) -> None:

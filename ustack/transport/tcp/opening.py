@@ -10,7 +10,7 @@ from ustack.transport.events import SHUT_WR, WRITABLE
 from ustack.transport.tcp import output, timers
 from ustack.transport.tcp.acks import process_ack
 from ustack.transport.tcp.arriving import unwrap
-from ustack.transport.tcp.output import ACK_NOW
+from ustack.transport.tcp.output import ACK_NOW, MASK32
 from ustack.transport.tcp.states import State
 from ustack.wire.tcp import ACK, CWR, ECE, FIN, RST, SYN, WSCALE_MAX
 
@@ -65,6 +65,11 @@ def in_syn_sent(conn: Connection, segment: ArrivingSegment) -> DropReason | None
         if not flags & RST:
             conn.tcp.reset_stray(conn)
         return DropReason.TCP_INVALID_ACK
+    if flags & ACK and segment.ts_ecr > 0 and conn.tcp.config.timestamps and not _echoes_our_syn(conn, segment.ts_ecr):
+        env.mib.TcpExtPAWSActive += 1
+        if not flags & RST:
+            conn.tcp.reset_stray(conn)
+        return DropReason.TCP_RFC7323_PAWS
     if flags & RST:
         if not flags & ACK:
             return DropReason.TCP_RESET
@@ -93,6 +98,14 @@ def in_syn_sent(conn: Connection, segment: ArrivingSegment) -> DropReason | None
     return None
 
 
+def _echoes_our_syn(conn: Connection, echoed: int) -> bool:
+    """Whether a SYN-ACK echoes a timestamp of one of our SYNs: otherwise it is not for this connection (RFC 7323, section 3.2;
+    tcp_rcv_synsent_state_process).
+    """
+    first = output.timestamp(conn, conn.last_sent)
+    return (echoed - first) & MASK32 <= (output.timestamp(conn, conn.tcp.env.timers.now) - first) & MASK32
+
+
 def _early_data_answered(conn: Connection, ack: int) -> None:
     """The SYN-ACK says how much of the data that went with our SYN was taken; the rest is as if it had not been sent (RFC 7413,
     section 4.2.2).
@@ -100,6 +113,7 @@ def _early_data_answered(conn: Connection, ack: int) -> None:
     mib = conn.tcp.env.mib
     if ack == conn.snd_nxt:
         mib.TcpExtTCPFastOpenActive += 1
+        conn.fastopen = True
     else:
         mib.TcpExtTCPFastOpenActiveFail += 1
     conn.send_queue.release(ack)
@@ -123,6 +137,7 @@ def _established(conn: Connection) -> None:
     conn.last_received = conn.last_data = now
     conn.rcvq_time = now
     conn.nagle_end = conn.snd_una
+    conn.recovery.usage.full_at = now
     conn.recovery.point = conn.iss
     conn.rate.delivered_at = conn.rate.first_sent_at = now
     timers.start_keepalive(conn)

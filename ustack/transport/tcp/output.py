@@ -59,11 +59,21 @@ SACK_HEADER: Final = 4
 SACK_BLOCK: Final = 8
 """Bytes that the SACK option and each block take (RFC 2018, section 3)."""
 
+TAIL_BY_OPTIONS: Final = 0
+TAIL_HELD: Final = 1
+TAIL_SENT: Final = 2
+"""Whether a last, small segment is sent: as TCP_CORK, TCP_NODELAY and Nagle have it; not, for more is to come (MSG_MORE); in
+any case (TCP_NODELAY being set, which flushes even what is corked)."""
+
 ACK_NONE: Final = 0
 ACK_DELAYED: Final = 1
 """An acknowledgment is owed; the timer sends it if nothing else does."""
 ACK_NOW: Final = 2
 """An acknowledgment is owed at the next flush."""
+
+QUICK_ACKS: Final = 16
+"""Segments that are acknowledged at once when data begins to come, so that the peer leaves slow start soon (TCP_MAX_QUICKACKS).
+"""
 
 _SENDING: Final = frozenset({State.ESTABLISHED, State.CLOSE_WAIT, State.FIN_WAIT1, State.CLOSING, State.LAST_ACK})
 _NO_PAYLOAD: Final[list[memoryview]] = []
@@ -143,7 +153,11 @@ def after_read(conn: Connection) -> None:
     """
     _adjust_receive_limit(conn)
     if conn.state in (State.ESTABLISHED, State.FIN_WAIT1, State.FIN_WAIT2):
-        wanted = conn.ack_due != ACK_NONE and conn.rcv_nxt - conn.rcv_wup > conn.rcv_mss
+        wanted = conn.ack_due != ACK_NONE and (
+            conn.rcv_nxt - conn.rcv_wup > conn.rcv_mss
+            # The reader is done, and what it read last was the end of something (tcp_cleanup_rbuf).
+            or (conn.ack_pushed > conn.pingpong and not conn.receive_queue.truesize)
+        )
         if not wanted:
             left = 0 if conn.no_room_at == conn.rcv_nxt else conn.rcv_adv - conn.rcv_nxt
             if left * 2 <= conn.rcvbuf * conn.win_ratio >> 8:
@@ -214,6 +228,7 @@ def transmit(conn: Connection, seq: int, length: int, flags: int, ect: int = 0) 
         else:
             conn.no_room_at = -1
     conn.ack_due = ACK_NONE
+    conn.ack_pushed = 0
     conn.delack_timer.deadline = NEVER
     mss = conn.mss
     hlen = HEADER_LEN
@@ -343,9 +358,9 @@ def send_reset(conn: Connection) -> None:
 # -- deciding --
 
 
-def push(conn: Connection) -> None:
-    """Send everything that may be sent now: what is lost first, then new data, then the FIN; set the timer that goes with
-    it.
+def push(conn: Connection, tail: int = TAIL_BY_OPTIONS) -> None:
+    """Send everything that may be sent now: what is lost first, then new data, then the FIN; set the timer that goes with it.
+    `tail`: what is done about a last segment that is not full.
     """
     if conn.state not in _SENDING and not conn.early:
         return
@@ -358,7 +373,7 @@ def push(conn: Connection) -> None:
     queue = conn.send_queue
     fin_wanted = conn.shutdown_mask & SHUT_WR != 0
     if conn.snd_nxt < queue.end or (fin_wanted and conn.snd_nxt == queue.end):
-        _send_new(conn, fin_wanted)
+        _send_new(conn, fin_wanted, tail)
         if not inflight.segments:
             hold(conn)
     recovery.send_new = False
@@ -415,7 +430,7 @@ def persist_timeout(conn: Connection) -> float:
     return min(conn.rtt.rto * (1 << min(conn.persist_shift, 16)), conn.tcp.config.rto_max)
 
 
-def _send_new(conn: Connection, fin_wanted: bool) -> None:
+def _send_new(conn: Connection, fin_wanted: bool, tail: int) -> None:
     env = conn.tcp.env
     now = env.timers.now
     inflight = conn.inflight
@@ -431,6 +446,7 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
         idle = now - conn.last_sent
         if idle > conn.rtt.rto and conn.tcp.config.slow_start_after_idle:
             cc.on_idle(conn.tcp.config.initial_window * mss, current_ssthresh(conn))
+            recovery.usage.restart(now)
         cc.on_restart(now, idle, app_limited=conn.rate.app_limited >= 0)
     in_flight = inflight.in_flight()
     largest = _largest_payload(conn, mss)
@@ -440,7 +456,7 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
     ect = ECT_0 if conn.ecn.ok else 0
     reduction = recovery.reduction if recovery.phase is CWR or recovery.phase is RECOVERY else None
     sent = 0
-    recovery.cwnd_limited = False
+    limited = False
     while True:
         nxt = conn.snd_nxt
         unsent = end - nxt
@@ -454,7 +470,7 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
             if largest < unsent and largest <= quota and largest <= usable:
                 size = largest
             elif quota < min(mss, unsent) and in_flight > 0:
-                recovery.cwnd_limited = True
+                limited = True
                 break
             else:
                 size = min(unsent, usable, max(quota, mss), largest)
@@ -468,9 +484,9 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
                 else:
                     size -= size % mss
                     if size < largest and size < usable and in_flight > 0 and _worth_waiting(conn, size):
-                        recovery.cwnd_limited = True
+                        limited = True
                         break
-            elif size % mss and not fin_wanted and _hold_tail(conn):
+            elif size % mss and not fin_wanted and _hold_tail(conn, tail):
                 size -= size % mss
                 if not size:
                     break
@@ -483,7 +499,7 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
             conn.ecn.reduced = False
             flags |= wire.CWR
         fin = fin_wanted and size == unsent and usable > size
-        if size and size == unsent:
+        if size and size == unsent and conn.push_seq > nxt:
             flags |= PSH
         if fin:
             flags |= FIN
@@ -499,12 +515,13 @@ def _send_new(conn: Connection, fin_wanted: bool) -> None:
             pacer.sent(size, now)
         transmit(conn, nxt, size, flags, ect)
     if sent:
-        if now - conn.last_data < conn.tcp.config.delack:
+        if now - conn.last_data < conn.ato:
             conn.pingpong = True  # an answer: acknowledgments may wait for the next one
         conn.last_sent = now
         rearm(conn, restarts=False)
-        if not recovery.cwnd_limited and cc.cwnd < cc.ssthresh and 2 * in_flight >= cc.cwnd:
-            recovery.cwnd_limited = True
+    limited = limited or in_flight >= cc.cwnd
+    if sent or limited:
+        recovery.usage.on_sent(conn, now, limited)
 
 
 def _worth_waiting(conn: Connection, size: int) -> bool:
@@ -512,10 +529,12 @@ def _worth_waiting(conn: Connection, size: int) -> bool:
     return conn.recovery.phase is OPEN and size < min(conn.cc.cwnd, conn.max_window) // 3
 
 
-def _hold_tail(conn: Connection) -> bool:
+def _hold_tail(conn: Connection, tail: int) -> bool:
     """Whether a last, small segment waits: corked, or by Nagle's algorithm while another small one is out (RFC 9293, 3.7.4;
     Minshall).
     """
+    if tail != TAIL_BY_OPTIONS:
+        return tail == TAIL_HELD
     options = conn.options
     return options.cork or (not options.nodelay and conn.nagle_end > conn.snd_una)
 
@@ -575,6 +594,6 @@ def retransmit(conn: Connection, index: int) -> int:
         recovery.reduction.out += size
     if conn.pacer is not None:
         conn.pacer.sent(size, now)
-    flags = ACK | PSH if size and segment.seq + size == conn.send_queue.end else ACK
+    flags = ACK | PSH if size and segment.seq + size == conn.send_queue.end and conn.push_seq > segment.seq else ACK
     transmit(conn, segment.seq, size, flags | FIN if segment.fin else flags)
     return size

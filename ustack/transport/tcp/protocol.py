@@ -660,7 +660,10 @@ class Tcp:
         return conn if (conn.iss if opening else conn.snd_una) <= seq < conn.snd_nxt else None
 
     def _too_big(self, conn: Connection, mtu: int) -> None:
-        if mtu < conn.mtu:
+        if conn.state is State.SYN_SENT and conn.snd_nxt > conn.iss + 1:
+            self.env.mib.TcpRetransSegs += 1
+            output.send_syn(conn)  # without the data that made it too large (RFC 7413, section 4.1.3.1)
+        elif mtu < conn.mtu:
             conn.recovery.on_narrower_path(conn)
             self.schedule_once(conn)
 

@@ -64,10 +64,11 @@ class Rack:
         sent_at = sample.rack_sent_at
         if sent_at >= 0:
             self.advanced = True
+            # As in Linux: of several that arrived the last by number counts, which was not always sent last.
+            self.rtt = sample.now - sample.rack_last
             if sent_at > self.sent_at or (sent_at == self.sent_at and sample.rack_end > self.end):
                 self.sent_at = sent_at
                 self.end = sample.rack_end
-                self.rtt = sample.now - sent_at
         if sample.duplicate and self.reordering_seen and not sample.tlp_duplicate:
             self._dsack = True
         if sample.prior_at < 0:

@@ -17,6 +17,7 @@ from ustack.transport.tcp.prr import RateReduction
 from ustack.transport.tcp.rack import Rack
 from ustack.transport.tcp.tlp import NO_PROBE, TailLossProbe
 from ustack.transport.tcp.undo import Undo
+from ustack.transport.tcp.usage import WindowUsage
 
 if TYPE_CHECKING:
     from ustack.transport.tcp.config import TcpConfig
@@ -28,12 +29,11 @@ RENEGING_WAIT: Final = 0.01
 
 
 class Recovery:
-    """The phase and its end (`point`: SND.NXT when it began). `cwnd_limited`: the window kept us from sending. `frto`: nobody
+    """The phase and its end (`point`: SND.NXT when it began). `usage`: whether the window is what limits us. `frto`: nobody
     knows yet whether the timeout was one; `send_new`: to find out, new data goes before what is lost.
     """
 
     __slots__ = (
-        "cwnd_limited",
         "frto",
         "phase",
         "point",
@@ -42,18 +42,19 @@ class Recovery:
         "reduction",
         "send_new",
         "undo",
+        "usage",
     )
 
     def __init__(self, config: TcpConfig) -> None:
         self.phase = OPEN
         self.point = 0
-        self.cwnd_limited = False
         self.frto = False
         self.send_new = False
         self.rack = Rack(config.reordering)
         self.probe = TailLossProbe(off=not config.early_retrans)
         self.reduction = RateReduction()
         self.undo = Undo()
+        self.usage = WindowUsage()
 
     # -- acknowledgments --
 

@@ -24,7 +24,8 @@ class AckSample:
     once has arrived. `reordered`: the lowest such data that arrived after data beyond it. `duplicate`: the peer says that it
     got something twice; `tlp_duplicate`: namely the loss probe.
 
-    `rack_sent_at`, `rack_end`: the segment sent last of those that arrived (RFC 8985, section 6.2, step 2). `prior_delivered`
+    `rack_sent_at`, `rack_end`: the segment sent last of those that arrived (RFC 8985, section 6.2, step 2); `rack_last`: when
+    the last of them by number was sent. `prior_delivered`
     and the following: the delivery rate's view of that segment, see `rate`. `rtt`: the round trip, or NO_TIME. `echo`: when
     what the peer answers was sent, by its timestamp, in whole milliseconds; -1 when that is not known.
 
@@ -57,6 +58,7 @@ class AckSample:
         "prior_delivered",
         "prior_in_flight",
         "rack_end",
+        "rack_last",
         "rack_sent_at",
         "rate_delivered",
         "reordered",
@@ -104,6 +106,7 @@ class AckSample:
         self.ece = False
         self.rack_sent_at = NO_TIME
         self.rack_end = 0
+        self.rack_last = NO_TIME
         self.last_sent_at = NO_TIME
         self.prior_delivered = 0
         self.prior_at = NO_TIME

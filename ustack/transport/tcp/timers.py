@@ -161,6 +161,8 @@ def on_delack_timer(conn: Connection) -> None:
     """Nothing came along that the acknowledgment could ride on."""
     if conn.ack_due != ACK_NONE:
         conn.tcp.env.mib.TcpExtDelayedACKs += 1
+        # Nothing came for it to ride on: wait longer, or, where answers were expected, no longer (tcp_delack_timer_handler).
+        conn.ato = conn.tcp.config.delack if conn.pingpong else min(2 * conn.ato, conn.rtt.rto)
         conn.pingpong = False
         output.send_ack(conn)
 

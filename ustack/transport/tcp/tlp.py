@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from ustack.transport.tcp.arming import PROBE, rearm_timeout
+from ustack.transport.tcp.arming import TIMEOUT, rearm_timeout
 
 if TYPE_CHECKING:
     from ustack.transport.tcp.connection import Connection
@@ -37,7 +37,7 @@ class TailLossProbe:
         self.point = conn.snd_nxt
         self.was_retransmission = again
         conn.tcp.env.mib.TcpExtTCPLossProbes += 1
-        conn.waits_for = PROBE  # the timeout counts from the first segment
+        conn.waits_for = TIMEOUT  # the timeout counts from now on (section 7.3)
         rearm_timeout(conn)
 
     def on_ack(self, conn: Connection, ack: int, sample: AckSample, *, pure_duplicate: bool) -> None:
