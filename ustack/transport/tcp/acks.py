@@ -61,6 +61,8 @@ def process_ack(conn: Connection, segment: ArrivingSegment, seq: int, ack: int) 
         conn.soft_error = 0
         conn.send_queue.release(ack)
     elif not inflight.segments:
+        if sample.duplicate:
+            recovery.on_ack(conn, sample, advanced=False, duplicate=False)  # a reduction may have been for nothing
         if conn.persist_shift or conn.probes:
             conn.probes = 0
             if not conn.retransmit_timer.pending:

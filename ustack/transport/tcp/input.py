@@ -87,7 +87,7 @@ def segment_arrives(conn: Connection, segment: ArrivingSegment) -> DropReason | 
 
     # Second, RST (RFC 5961, section 3).
     if flags & RST:
-        if seq != rcv_nxt:
+        if seq != rcv_nxt and not _resets_all_the_same(conn, seq):
             output.send_challenge_ack(conn)
             return DropReason.TCP_RESET
         _on_reset(conn)
@@ -184,6 +184,16 @@ def _unexpected_syn(conn: Connection, flags: int, seq: int) -> DropReason:
     return DropReason.TCP_INVALID_SYN
 
 
+def _resets_all_the_same(conn: Connection, seq: int) -> bool:
+    """Whether a reset that does not begin at RCV.NXT is sure to be the peer's: it begins where the last data that we have SACKed
+    ends, or before the FIN that we have taken (tcp_validate_incoming, tcp_reset_check).
+    """
+    ofo = conn.receive_queue.ofo
+    if ofo and conn.sack_ok:
+        return seq == ofo[-1].end_seq
+    return 0 <= conn.fin_seq == seq and seq == conn.rcv_nxt - 1
+
+
 def _on_reset(conn: Connection) -> None:
     """The peer has reset the connection (RFC 9293, section 3.10.7.4, second)."""
     mib = conn.tcp.env.mib
@@ -209,7 +219,8 @@ def _process_data(conn: Connection, segment: ArrivingSegment, seq: int, end: int
     rcv_nxt = conn.rcv_nxt
     if end > rcv_nxt and conn.shutdown_mask & SHUT_RD and (conn.shutdown_mask & ORPHAN or conn.state is not ESTABLISHED):
         # Nobody will ever read this: say so (RFC 9293, section 3.6.1; RFC 2525, section 2.17).
-        conn.abort(errno.ECONNRESET)
+        conn.tcp.reset_stray(conn)
+        conn.fail(errno.ECONNRESET)
         return DropReason.SOCKET_SHUTDOWN
     offset = segment.offset
     if end > conn.rcv_adv:

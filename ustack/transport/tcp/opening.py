@@ -35,7 +35,7 @@ def accept_syn(conn: Connection, irs: int, window: int, options: TcpOptions | No
     conn.snd_wl1 = conn.irs
     conn.snd_wscale = -1
     if options is not None:
-        if options.mss >= 0:
+        if options.mss > 0:
             conn.peer_mss = options.mss
         if options.wscale >= 0 and config.window_scaling:
             conn.snd_wscale = min(options.wscale, WSCALE_MAX)

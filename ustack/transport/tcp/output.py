@@ -455,7 +455,7 @@ def _send_new(conn: Connection, fin_wanted: bool, tail: int) -> None:
         largest = min(largest, pacer.quantum(mss))
     ect = ECT_0 if conn.ecn.ok else 0
     reduction = recovery.reduction if recovery.phase is CWR or recovery.phase is RECOVERY else None
-    sent = 0
+    sent = payload = 0
     limited = False
     while True:
         nxt = conn.snd_nxt
@@ -507,6 +507,7 @@ def _send_new(conn: Connection, fin_wanted: bool, tail: int) -> None:
         _note(conn, Segment(nxt, conn.snd_nxt, now, fin), now)
         in_flight += size
         sent += size + fin
+        payload += size
         if size % mss:
             conn.nagle_end = conn.snd_nxt
         if reduction is not None:
@@ -515,7 +516,7 @@ def _send_new(conn: Connection, fin_wanted: bool, tail: int) -> None:
             pacer.sent(size, now)
         transmit(conn, nxt, size, flags, ect)
     if sent:
-        if now - conn.last_data < conn.ato:
+        if payload and now - conn.last_data < conn.ato:
             conn.pingpong = True  # an answer: acknowledgments may wait for the next one
         conn.last_sent = now
         rearm(conn, restarts=False)
