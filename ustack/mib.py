@@ -96,6 +96,7 @@ class Mib:
         "TcpExtTCPLossProbes",
         "TcpExtTCPLossUndo",
         "TcpExtTCPLostRetransmit",
+        "TcpExtTCPMTUPFail",
         "TcpExtTCPMemoryPressures",
         "TcpExtTCPMemoryPressuresChrono",
         "TcpExtTCPOFODrop",
@@ -302,6 +303,8 @@ class Mib:
         """Timeouts taken back."""
         self.TcpExtTCPLostRetransmit = 0
         """Retransmissions found lost themselves."""
+        self.TcpExtTCPMTUPFail = 0
+        """Times that segments were made smaller because large ones seemed to be swallowed on the way."""
         self.TcpExtTCPMemoryPressures = 0
         """Times that TCP came under memory pressure."""
         self.TcpExtTCPMemoryPressuresChrono = 0

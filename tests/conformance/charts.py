@@ -27,6 +27,7 @@ from ustack.link.device import FEATURE_CSUM, FEATURE_TSO
 from ustack.transport.events import SHUT_RD, SHUT_WR
 from ustack.transport.options import SocketOptions
 from ustack.transport.tcp.config import TcpConfig
+from ustack.transport.tcp.info import tcp_info
 from ustack.transport.tcp.states import State
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 HEADING: Final = re.compile(r"== (?P<section>[0-9A-Z][0-9.A-Z]*)(?P<covers>(?: [A-Z]+-[0-9]+)*): (?P<title>.+)")
 DURATION: Final = re.compile(r"(?P<number>[0-9.]+)(?P<unit>ms|s|min)")
 UNITS: Final = {"ms": 0.001, "s": 1.0, "min": 60.0}
-FLAGS: Final = {name.lstrip("."): flag for flag, name in NAMES}
+FLAGS: Final = {name.lstrip(".").removeprefix("W"): flag for flag, name in NAMES}
+MARKS: Final = {"noect": 0, "ect1": 1, "ect0": 2, "ce": 3}
+"""The ECN field of the IP header."""
 SHUTS: Final = {"rd": SHUT_RD, "wr": SHUT_WR, "rdwr": SHUT_RD | SHUT_WR}
 OFFLOADS: Final = {"none": 0, "tso": FEATURE_CSUM | FEATURE_TSO}
 
@@ -207,6 +210,7 @@ class Player:
             "peer": self._peer_is,
             "router": self._router_says,
             "counter": self._counter_is,
+            "info": self._info_is,
             "drop": self._drops_are,
         }
 
@@ -250,6 +254,8 @@ class Player:
                 sent[{"len": "length", "win": "window"}.get(word, word)] = words.number()
             elif word == "batched":
                 sent["settle"] = False
+            elif word in MARKS:
+                sent["tos"] = MARKS[word]
             else:
                 raise ChartError(f"{word!r} is nothing that a segment has: seq, ack, len, win, <options>, batched")
         if options is not None:
@@ -270,7 +276,11 @@ class Player:
             self.peer.ignores()
             words.end()
             return
+        if words.accept("data"):
+            self._expect_data(words)
+            return
         expected: dict[str, Any] = {}
+        mark = None
         flags = words.flags()
         while words:
             word = words.next()
@@ -278,13 +288,37 @@ class Player:
                 expected[{"len": "length", "win": "window"}.get(word, word)] = words.number()
             elif word in {"after", "within"}:
                 expected[word] = words.duration()
+            elif word in MARKS:
+                mark = MARKS[word]
             else:
-                raise ChartError(f"{word!r} is nothing to expect: seq, ack, len, win, <options>, after, within")
+                raise ChartError(f"{word!r} is nothing to expect: seq, ack, len, win, ect0, noect, <options>, after, within")
         seen = self.peer.expects(flags, **expected)
+        assert mark is None or seen.tos & 3 == mark, f"the ECN field is {seen.tos & 3}"
         if options is not None:
             _check_options(options, seen)
         if self.peer.ts[0] >= 0 and seen.options.ts_val >= 0:
             self.peer.ts = (self.peer.ts[0], seen.options.ts_val)
+
+    def _expect_data(self, words: Words) -> None:
+        """data FIRST:END [size N] [after T | within T]"""
+        first, _, end = words.next("a range").partition(":")
+        size = words.number() if words.accept("size") else 1460
+        more: dict[str, Any] = {}
+        for name in ("after", "within"):
+            if words.accept(name):
+                more[name] = words.duration()
+        words.end()
+        self.peer.expects_data(int(first), min(int(first) + size, int(end)), size, **more)
+        self.peer.expects_data(int(first) + size, int(end), size)
+
+    def _info_is(self, words: Words) -> None:
+        """info NAME N"""
+        name = words.next("a field of TCP_INFO")
+        wanted = words.number()
+        info = tcp_info(self.user.conn)
+        if name not in info:
+            raise ChartError(f"TCP_INFO has no field {name}")
+        assert info[name] == wanted, f"{name} is {info[name]}"
 
     def _router_says(self, words: Words) -> None:
         """router unreachable CODE [mtu N] [seq N]"""

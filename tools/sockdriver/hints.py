@@ -30,6 +30,7 @@ COUNTS: Final = {
     "initial_cwnd": "initial_window",
     "syncookies": "syncookies",
     "fastopen": "fastopen",
+    "mtu_probing": "mtu_probing",
     "ecn": "ecn",
 }
 SECONDS: Final = {"fin_timeout": "fin_timeout", "keepalive_time": "keepalive_time", "keepalive_intvl": "keepalive_intvl"}

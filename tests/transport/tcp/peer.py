@@ -33,7 +33,7 @@ from ustack.transport.options import SocketOptions
 from ustack.transport.tcp.config import TcpConfig
 from ustack.wire import arp, ethernet, icmp, ipv4, tcp
 from ustack.wire.checksum import finish, ones_sum, pseudo_v4
-from ustack.wire.tcp import ACK, FIN, PSH, RST, SYN, URG
+from ustack.wire.tcp import ACK, CWR, ECE, FIN, PSH, RST, SYN, URG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,6 +75,7 @@ class Seen(NamedTuple):
     window: int
     options: TcpOptions
     port: int
+    tos: int
 
     def __repr__(self) -> str:
         names = "".join(name[0] for flag, name in NAMES if self.flags & flag) or "-"
@@ -82,7 +83,16 @@ class Seen(NamedTuple):
         return f"{self.at:.6f} {names} {self.seq}:{self.seq + self.length} ack {self.ack} win {self.window}{sack}"
 
 
-NAMES: Final = ((SYN, "SYN"), (FIN, "FIN"), (RST, "RST"), (PSH, "PSH"), (URG, "URG"), (ACK, ".ACK"))
+NAMES: Final = (
+    (SYN, "SYN"),
+    (FIN, "FIN"),
+    (RST, "RST"),
+    (PSH, "PSH"),
+    (URG, "URG"),
+    (ECE, "ECE"),
+    (CWR, "WCWR"),
+    (ACK, ".ACK"),
+)
 
 
 class User:
@@ -245,7 +255,9 @@ class Peer:
         payload = l4[header.length :]
         sack = tuple(((left - self.iss) % (1 << 32), (right - self.iss) % (1 << 32)) for left, right in header.options.sack)
         header.options.sack = sack
-        seen = Seen(self.world.now, header.flags, seq, ack, len(payload), header.window, header.options, header.dport)
+        seen = Seen(
+            self.world.now, header.flags, seq, ack, len(payload), header.window, header.options, header.dport, packet[1]
+        )
         if payload:
             start = seq + bool(header.flags & SYN)
             assert payload == pattern(start, len(payload)), f"wrong data in {seen}"
@@ -297,6 +309,7 @@ class Peer:
         raw_options: bytes | None = None,
         payload: bytes | None = None,
         fastopen: bytes | None = None,
+        tos: int = 0,
     ) -> None:
         """Send a segment. `seq` is what comes next unless given, `ack` everything in sequence that was seen.
 
@@ -323,7 +336,8 @@ class Peer:
         segment = self._build(flags, seq, ack if flags & ACK else None, window, options, data)
         names = "".join(name[0] for flag, name in NAMES if flags & flag) or "-"
         self.chart.append(f"{self.world.now:.6f} > {names} {seq}:{seq + len(data)} ack {ack} win {window} {sack or ''}")
-        self._put(ethernet.ETH_P_IP, ipv4.build_header(PEER_ADDRESS, STACK_ADDRESS, ipv4.IPPROTO_TCP, len(segment)) + segment)
+        header = ipv4.build_header(PEER_ADDRESS, STACK_ADDRESS, ipv4.IPPROTO_TCP, len(segment), tos=tos)
+        self._put(ethernet.ETH_P_IP, header + segment)
         if settle:
             self.settle()
         self.mark = self.world.now

@@ -98,6 +98,10 @@ class TcpConfig:
     """Start again from the initial window after a pause of a retransmission timeout (tcp_slow_start_after_idle; RFC 5681,
     section 4.1).
     """
+    mtu_probing: int = 1
+    """Whether full segments that go unanswered are taken for too large for the path, and cut smaller (tcp_mtu_probing; RFC 4821,
+    section 7.7): 0 never, else after three timeouts.
+    """
     initial_window: int = 10
     """Segments of the initial congestion window (RFC 6928)."""
     challenge_ack_limit: int = 1000

@@ -89,6 +89,8 @@ class Connection:
         "local_port",
         "max_window",
         "mss",
+        "mss_limit",
+        "mss_limit_until",
         "mtu",
         "nagle_end",
         "no_room_at",
@@ -196,6 +198,8 @@ class Connection:
             self.adv_mss = min(self.adv_mss, options.maxseg)
         self.peer_mss = 536 if path.version == 4 else 1220  # what may be assumed (RFC 9293, section 3.7.1)
         self.mss = 536
+        self.mss_limit = 0
+        self.mss_limit_until = 0.0
         self.sack_ok = False
         self.ts_ok = False
         self.ts_offset = tcp.isn.timestamp_offset(key)

@@ -185,8 +185,8 @@ def _unexpected_syn(conn: Connection, flags: int, seq: int) -> DropReason:
 
 
 def _resets_all_the_same(conn: Connection, seq: int) -> bool:
-    """Whether a reset that does not begin at RCV.NXT is sure to be the peer's: it begins where the last data that we have SACKed
-    ends, or before the FIN that we have taken (tcp_validate_incoming, tcp_reset_check).
+    """Whether a reset that does not begin at RCV.NXT is sure to be the peer's: it begins where the last data that we have
+    SACKed ends, or before the FIN that we have taken (tcp_validate_incoming, tcp_reset_check).
     """
     ofo = conn.receive_queue.ofo
     if ofo and conn.sack_ok:

@@ -48,6 +48,12 @@ SKB_MAX: Final = IP_TOTAL_MAX - 40 - HEADER_LEN - TS_LEN
 MIN_MSS: Final = 48
 """Bytes of payload below which no path MTU pushes a segment (tcp_min_snd_mss)."""
 
+BASE_MSS: Final = 1024
+"""Bytes of payload that a segment has when larger ones seem to be swallowed (tcp_base_mss), and half of it if these are, too."""
+
+BLACK_HOLE_MEMORY: Final = 600.0
+"""Seconds after which larger segments are tried again (tcp_probe_interval)."""
+
 WINDOW_UNCLAMPED: Final = 1 << 30
 """`rcv_ssthresh` while only the receive limit bounds the window."""
 
@@ -62,7 +68,7 @@ SACK_BLOCK: Final = 8
 TAIL_BY_OPTIONS: Final = 0
 TAIL_HELD: Final = 1
 TAIL_SENT: Final = 2
-"""Whether a last, small segment is sent: as TCP_CORK, TCP_NODELAY and Nagle have it; not, for more is to come (MSG_MORE); in
+"""Whether a last, small segment is sent: as TCP_CORK, TCP_NODELAY and Nagle have it; not, for more is to come (MSG_MORE); or in
 any case (TCP_NODELAY being set, which flushes even what is corked)."""
 
 ACK_NONE: Final = 0
@@ -93,9 +99,28 @@ def sync_mss(conn: Connection) -> None:
         mss = min(mss, conn.options.maxseg)
     if conn.ts_ok:
         mss -= TS_LEN
+    if conn.mss_limit:
+        if conn.tcp.env.timers.now < conn.mss_limit_until:
+            mss = min(mss, conn.mss_limit)
+        else:
+            conn.mss_limit = 0
     conn.mss = max(mss, MIN_MSS)
     conn.cc.mss = conn.mss
     conn.send_queue.goal = max(SKB_MAX // conn.mss * conn.mss, conn.mss)
+
+
+def suspect_black_hole(conn: Connection) -> None:
+    """What is out has gone unanswered several times: perhaps it is too large for a router that says nothing. Cut it smaller,
+    and what follows for some minutes (RFC 4821, section 7.7; RFC 8899, section 4.3; tcp_mtu_probing).
+    """
+    segment = conn.inflight.segments[0]
+    smaller = BASE_MSS // 2 if conn.mss_limit else BASE_MSS
+    if min(conn.mss, segment.end - segment.seq) <= smaller:
+        return
+    conn.mss_limit = smaller
+    conn.mss_limit_until = conn.tcp.env.timers.now + BLACK_HOLE_MEMORY
+    conn.tcp.env.mib.TcpExtTCPMTUPFail += 1
+    sync_mss(conn)
 
 
 def _beside_blocks(conn: Connection) -> int:
@@ -364,7 +389,7 @@ def push(conn: Connection, tail: int = TAIL_BY_OPTIONS) -> None:
     """
     if conn.state not in _SENDING and not conn.early:
         return
-    if conn.path.mtu != conn.mtu:
+    if conn.path.mtu != conn.mtu or (conn.mss_limit and conn.tcp.env.timers.now >= conn.mss_limit_until):
         sync_mss(conn)
     inflight = conn.inflight
     recovery = conn.recovery

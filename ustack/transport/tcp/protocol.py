@@ -426,6 +426,7 @@ class Tcp:
             room = min(mss, conn.adv_mss) - (HEADER_MAX - HEADER_LEN)
             size = conn.send_queue.append(data[:room], conn.sndbuf, conn.gfp)
             conn.snd_nxt += size
+            conn.push_seq = conn.send_queue.end
         output.send_syn(conn, fastopen=None if size and not cookie else cookie, early=size)
 
     def _choose_key(self, path: Path, remote_port: int) -> bytes:

@@ -5,7 +5,7 @@ last FIN.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ustack.transport.tcp import output, pacing
 from ustack.transport.tcp.arming import PROBE, REORDERING, TIMEOUT, rearm_timeout
@@ -15,6 +15,9 @@ from ustack.transport.tcp.states import State
 
 if TYPE_CHECKING:
     from ustack.transport.tcp.connection import Connection
+
+RETRIES1: Final = 3
+"""Timeouts after which something may be wrong with the path (tcp_retries1; R1 of RFC 9293, section 3.8.3)."""
 
 
 def on_retransmit_timer(conn: Connection) -> None:
@@ -62,6 +65,8 @@ def _retransmit(conn: Connection) -> None:
         if _gives_up(conn, conn.retries):
             return
         conn.retries += 1
+        if conn.retries > RETRIES1 and conn.tcp.config.mtu_probing:
+            output.suspect_black_hole(conn)
     conn.tcp.env.mib.TcpExtTCPTimeouts += 1
     conn.recovery.on_timeout(conn)
     conn.rtt.backoff()
