@@ -12,7 +12,7 @@ ARGS ?=
 PYTHONS := $(wildcard pools ustack tests tools)
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help setup compile run test lint format bench soak pressure swap docs clean
+.PHONY: help setup compile run test lint format bench soak pressure swap golden docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -56,6 +56,9 @@ pressure: setup ## every scenario of the pressure lab with a thousand seeds, in 
 swap: setup ## real swap on this machine over each pool, ten times, broken on purpose and verified; needs root
 	@tools/install-system-packages
 	@$(VENV)/bin/python -m tools.swaplab host --runs 10
+
+golden: setup ## docs/reference/throughput.md: throughput over a simulated wire by loss, delay and buffer
+	@$(VENV)/bin/python tools/golden_table.py
 
 docs: setup ## the documentation as HTML in build/docs
 	@tools/make-venv $(VENV) docs

@@ -7,6 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from tests import leaks
+from tests.sim.analyser import Analyser
 from ustack.lab.world import World
 from ustack.link.device import FEATURE_CSUM, FEATURE_TSO
 from ustack.link.rxring import PagedRing
@@ -68,6 +69,7 @@ class Network:
             stack.add_interface(device, f"{address}/24")
             leaks.watch_pool(stack.pool)
             leaks.watch(partial(left_behind, stack))
+        self.analyser = Analyser(self.stacks, self.devices)
 
     def listen(self, port: int = 80, on_accept: Callable[[Connection], None] | None = None, **options: Any) -> list[Connection]:
         """Listen on the server; accepted connections are given to `on_accept` and listed in what is returned."""

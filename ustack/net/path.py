@@ -71,9 +71,9 @@ class Path:
     `mtu` is the path MTU in bytes of IP packet; it changes when the path turns out to be narrower, and again when that has been
     forgotten; `link_mtu` is that of the device, and what may arrive. `hop_limit` is for packets that do not say how far they
     may go. `pseudo` is the sum of the addresses as the pseudo-header has them. `obsolete` means that the path still works as
-    far as is known, but routes or addresses have changed: look it up again. `tso` says whether `send` takes a `gso_size`; `broadcast` that `dst` is a broadcast address (never a
-    group's); `congestion` names the route's congestion control, if it has one. Who sees that packets arrive says so with
-    `neighbour.confirm()`.
+    far as is known, but routes or addresses have changed: look it up again. `tso` says whether `send` takes a `gso_size`;
+    `broadcast` that `dst` is a broadcast address (never a group's); `congestion` names the route's congestion control, if it
+    has one. Who sees that packets arrive says so with `neighbour.confirm()`.
     """
 
     __slots__ = (

@@ -99,8 +99,8 @@ class TcpConfig:
     section 4.1).
     """
     mtu_probing: int = 1
-    """Whether full segments that go unanswered are taken for too large for the path, and cut smaller (tcp_mtu_probing; RFC 4821,
-    section 7.7): 0 never, else after three timeouts.
+    """Whether full segments that go unanswered are taken for too large for the path, and cut smaller (tcp_mtu_probing; RFC
+    4821, section 7.7): 0 never, else after three timeouts.
     """
     initial_window: int = 10
     """Segments of the initial congestion window (RFC 6928)."""

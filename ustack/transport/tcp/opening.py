@@ -136,6 +136,9 @@ def _established(conn: Connection) -> None:
     conn.retries = 0
     conn.last_received = conn.last_data = now
     conn.rcvq_time = now
+    scale = conn.rcv_wscale
+    # What the SYN promised, which is not scaled, as a window that can be said from now on (RFC 7323, section 2.4).
+    conn.rcv_adv = conn.rcv_nxt + (conn.rcv_adv - conn.rcv_nxt + (1 << scale) - 1 >> scale << scale)
     conn.nagle_end = conn.snd_una
     conn.recovery.usage.full_at = now
     conn.recovery.point = conn.iss

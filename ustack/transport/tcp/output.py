@@ -49,7 +49,7 @@ MIN_MSS: Final = 48
 """Bytes of payload below which no path MTU pushes a segment (tcp_min_snd_mss)."""
 
 BASE_MSS: Final = 1024
-"""Bytes of payload that a segment has when larger ones seem to be swallowed (tcp_base_mss), and half of it if these are, too."""
+"""Bytes of payload that a segment has when larger ones seem to be swallowed (tcp_base_mss), and half if these are, too."""
 
 BLACK_HOLE_MEMORY: Final = 600.0
 """Seconds after which larger segments are tried again (tcp_probe_interval)."""
