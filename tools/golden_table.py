@@ -71,7 +71,7 @@ def measure(control: str, cell: Cell) -> float:
     queue = max(int(cell.buffer * RATE / 8 * cell.delay / 1000), 8 * PACKET)
     devices = [SimDevice(f"sim{n}", bytes((2, 0, 0, 0, 0, n)), 1500, 0) for n in (1, 2)]
     there = Impairments(delay=delay, rate=RATE, queue=queue, loss=cell.loss / 100)
-    SimWire(world, *devices, there, Impairments(delay=delay))
+    SimWire(world, devices[0], devices[1], there, Impairments(delay=delay))
     stacks = [Stack(memory=8 << 20, reserve=0, tcp=TcpConfig(congestion=control), random=Random(SEED + n)) for n in (0, 1)]
     for number, (stack, device) in enumerate(zip(stacks, devices, strict=True), 1):
         world.add(stack, device)
