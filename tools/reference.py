@@ -20,8 +20,9 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ustack.cli import main  # noqa: E402
-from ustack.daemon.config import SECTIONS, Ipv6, Tcp, Udp  # noqa: E402
+from ustack.daemon.config import SECTIONS, Ipv4, Ipv6, Tcp, Udp  # noqa: E402
 from ustack.daemon.daemon import MEM_KEYS  # noqa: E402
+from ustack.net.ipv4 import Ipv4Config  # noqa: E402
 from ustack.net.ipv6 import Ipv6Config  # noqa: E402
 from ustack.transport.tcp.config import TcpConfig  # noqa: E402
 from ustack.transport.udp import UdpConfig  # noqa: E402
@@ -59,6 +60,7 @@ address = "10.77.0.2/24"
 FIXED: Final = {
     "device": "*",
     "address": "*",
+    "ipv4": "*",
     "ipv6": "*",
     "arm": "*",
     "memory": {"pool", "size", "lock", "capture", "zero_copy"},
@@ -68,7 +70,7 @@ FIXED: Final = {
 }
 """What `ustack.daemon.daemon` does not change while it runs."""
 
-SETTINGS: Final[dict[type, type]] = {Ipv6: Ipv6Config, Tcp: TcpConfig, Udp: UdpConfig}
+SETTINGS: Final[dict[type, type]] = {Ipv4: Ipv4Config, Ipv6: Ipv6Config, Tcp: TcpConfig, Udp: UdpConfig}
 """Sections that are made from a dataclass, whose docstrings say what the keys mean."""
 
 COMMAND_LINE: Final = """# Command line

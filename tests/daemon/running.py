@@ -21,6 +21,8 @@ ROOT: Final = Path(__file__).parents[2]
 TAP: Final = "ut0"
 OURS: Final = "10.77.0.2"
 KERNEL: Final = "10.77.0.1"
+OURS6: Final = "fd00:77::2"
+KERNEL6: Final = "fd00:77::1"
 READY_TIMEOUT: Final = 20.0
 """Seconds until a daemon must be ready: Python starts slowly on a machine that has other things to do."""
 

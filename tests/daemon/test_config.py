@@ -151,6 +151,8 @@ def test_every_fault_is_named_at_once() -> None:
         (LEAST + "[[address]]\naddress = 'fd00::2/64'\ngateway = 'fd01::1'\n", "allowed is a host on our network, fd00::/64"),
         (LEAST + "[[route]]\nnetwork = 'fd01::/64'\nvia = '10.77.0.1'\n", "allowed is a router of IPv6, as the network is"),
         (LEAST + "[[route]]\nnetwork = 'fd01::/64'\nvia = 'fd00::1'\n", "allowed is a host on our network, none"),
+        (LEAST + "[[address]]\naddress = '10.9.0.2/24'\nvlan = 4095\n", "vlan = 4095: allowed is at most 4094"),
+        (LEAST + "[ipv4]\nrp_filter = 3\n", "[ipv4] rp_filter = 3: allowed is at most 2"),
         (LEAST + "[ipv6]\naddr_gen_mode = 'mac'\n", '[ipv6] addr_gen_mode = "mac": allowed is "stable_privacy" or "eui64"'),
         (LEAST + "[ipv6]\ndad_transmits = -1\n", "[ipv6] dad_transmits = -1: allowed is at least 0"),
         (

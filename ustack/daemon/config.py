@@ -19,8 +19,10 @@ from pools.arena import PAGE_SIZE
 from pools.base import names as pool_names
 from ustack.daemon.sections import ConfigError, Section, as_size, parse_toml, place, read_text, toml_value
 from ustack.daemon.size import EXAMPLES
+from ustack.link.vlan import VID_MAX
 from ustack.nbd.uri import NbdUri
 from ustack.net.interface import check_host
+from ustack.net.ipv4 import Ipv4Config
 from ustack.net.ipv6 import Ipv6Config
 from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.udp import UdpConfig
@@ -154,6 +156,8 @@ class Address(Section):
     """IPv4 or IPv6 address and prefix length. An IPv6 address can be used once nobody has objected to it for a second."""
     gateway: Annotated[str, BeforeValidator(_host_address)] | None = None
     """Router for everything of that version that no route covers; of IPv6 it may be link-local. Default: none."""
+    vlan: Annotated[int, Field(ge=0, le=VID_MAX)] = 0
+    """The VLAN on the device that the address is in, by its 802.1Q tag; 0: frames without a tag."""
 
 
 class Route(Section):
@@ -264,8 +268,11 @@ CongestionName = Literal["reno", "newreno", "cubic", "bbr"]
 SWITCHES: Final = frozenset({"ecn", "syncookies", "fastopen", "dad_transmits", "max_addresses", "router_solicitations"})
 """Settings of which 0 means off."""
 
-CHOICES: Final[dict[str, Any]] = {"addr_gen_mode": Literal["stable_privacy", "eui64"]}
-"""Settings that are one of a few names."""
+CHOICES: Final[dict[str, Any]] = {
+    "addr_gen_mode": Literal["stable_privacy", "eui64"],
+    "rp_filter": Annotated[int, Field(ge=0, le=2)],
+}
+"""Settings that are one of a few names or numbers."""
 
 
 def _section_of(settings: type, name: str, doc: str) -> type[Section]:
@@ -295,10 +302,12 @@ def _section_of(settings: type, name: str, doc: str) -> type[Section]:
 
 
 if TYPE_CHECKING:
+    Ipv4 = Section
     Ipv6 = Section
     Tcp = Section
     Udp = Section
 else:
+    Ipv4 = _section_of(Ipv4Config, "Ipv4", "Which packets are believed to come from where they say.")
     Ipv6 = _section_of(Ipv6Config, "Ipv6", "What routers may say, and how our own IPv6 addresses are made.")
     Tcp = _section_of(TcpConfig, "Tcp", "Limits and times of TCP.")
     Udp = _section_of(UdpConfig, "Udp", "Limits of UDP.")
@@ -314,13 +323,12 @@ ASCENDING: Final = (
 
 
 class Config(Section):
-    """A whole configuration file. `ipv6` has the fields of `Ipv6Config`, `tcp` those of `TcpConfig`, `udp` those of
-    `UdpConfig`.
-    """
+    """A whole configuration file. `ipv4`, `ipv6`, `tcp` and `udp` have the fields of `Ipv4Config` and so on."""
 
     device: Device
     address: list[Address] = []  # noqa: RUF012 (pydantic copies it)
     route: list[Route] = []  # noqa: RUF012
+    ipv4: Ipv4 = Ipv4()
     ipv6: Ipv6 = Ipv6()
     memory: Memory = Memory()
     tcp: Tcp = Tcp()
@@ -333,6 +341,10 @@ class Config(Section):
     def addresses(self) -> str:
         """The stack's addresses, for people."""
         return ", ".join(own.address for own in self.address) or "addresses from routers"
+
+    def ipv4_config(self) -> Ipv4Config:
+        """The section `ipv4` as the stack takes it."""
+        return Ipv4Config(**self.ipv4.model_dump())
 
     def ipv6_config(self) -> Ipv6Config:
         """The section `ipv6` as the stack takes it."""
@@ -448,6 +460,7 @@ SECTIONS: Final[dict[str, type[Section]]] = {
     "device": Device,
     "address": Address,
     "route": Route,
+    "ipv4": Ipv4,
     "ipv6": Ipv6,
     "memory": Memory,
     "tcp": Tcp,

@@ -120,6 +120,7 @@ class Daemon:
                 zero_copy=None if memory.zero_copy == "off" else memory.zero_copy,
                 tcp=config.tcp_config(),
                 udp=config.udp_config(),
+                ipv4=config.ipv4_config(),
                 ipv6=config.ipv6_config(),
             )
         except OSError as error:
@@ -128,9 +129,11 @@ class Daemon:
                 raise OSError(error.errno, f"{error.strerror}; {hint}") from None
             raise
         try:
-            interface = stack.add_interface(self._open_tap())
+            links = {0: stack.add_interface(self._open_tap())}
             for own in config.address:
-                stack.add_address(interface, own.address, own.gateway)
+                if own.vlan not in links:
+                    links[own.vlan] = stack.add_vlan(links[0], own.vlan)
+                stack.add_address(links[own.vlan], own.address, own.gateway)
             for route in config.route:
                 stack.add_route(route.network, route.via, route.metric, route.congestion)
         except ValueError as error:
@@ -370,6 +373,7 @@ def _fixed_changes(old: Config, new: Config) -> Iterator[str]:
         ("device", list(type(old.device).model_fields)),
         ("memory", ["pool", "size", "lock", "capture", "zero_copy"]),
         ("tcp", MEM_KEYS),
+        ("ipv4", list(type(old.ipv4).model_fields)),
         ("ipv6", list(type(old.ipv6).model_fields)),
         ("udp", list(type(old.udp).model_fields)),
         ("arm", list(type(old.arm).model_fields)),
