@@ -111,6 +111,34 @@ def test_a_new_mac_of_the_peer_is_learned(make_pressed: Callable[..., Pressed], 
     assert work.gap < 100
 
 
+@each_ring
+def test_over_ipv6_the_reserve_that_is_worked_out_serves_as_well(make_pressed: Callable[..., Pressed], linear: bool) -> None:
+    wire = Impairments(delay=0.001, loss=0.01)
+    pressed = make_pressed(4, "kmalloc", linear=linear, wire=wire, memory=2 << 20, version=6)
+    done, work = crowded_work(pressed, lambda work: work.do(200), limit=60)
+    assert done
+    assert work.gap < 2
+    assert pressed.stack.pages.reserve_allocs > 0
+    assert not pressed.stack.pages.reserve_failures
+
+
+def test_a_new_mac_of_the_peer_is_learned_over_ipv6(make_pressed: Callable[..., Pressed]) -> None:
+    """Neighbour unreachability detection, in the reserve: nobody said that the server is another machine now."""
+    pressed = make_pressed(6, "kmalloc", memory=2 << 20, features=FEATURE_CSUM, version=6)
+    inet6 = pressed.stack.interfaces[0].inet6
+    assert inet6 is not None
+    inet6.neighbours.parameters = inet6.neighbours.parameters.with_times(4.0, 1.0)  # as a router can have it
+
+    async def replace(work: Work) -> None:
+        await work.do(50)
+        pressed.change_peer_mac(b"\x02\x00\x00\x00\x00\x77")
+        await work.do(50)
+
+    done, work = crowded_work(pressed, replace, limit=200)
+    assert done
+    assert work.gap < 30
+
+
 def test_work_in_flight_stays_within_the_budget(make_pressed: Callable[..., Pressed]) -> None:
     pressed = make_pressed(7, "kmalloc", memory=4 << 20, wire=Impairments(delay=0.001, loss=0.02))
     done, _ = crowded_work(pressed, lambda work: work.do(300), limit=60)

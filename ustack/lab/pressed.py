@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from random import Random
-from socket import SO_RCVBUF, SOCK_DGRAM, SOL_SOCKET
+from socket import AF_INET, AF_INET6, SO_RCVBUF, SOCK_DGRAM, SOL_SOCKET
 from typing import TYPE_CHECKING, Any, Final
 
 from pools.base import NULL
@@ -21,10 +21,13 @@ from ustack.link.simwire import Impairments, SimDevice, SimWire, WireFrame
 from ustack.nbd.client import NbdClient
 from ustack.nbd.export import MemoryExport
 from ustack.nbd.server import NbdServer
+from ustack.net.ipv6 import Ipv6Config
 from ustack.stack import Stack
 from ustack.transport.tcp.config import TcpConfig
 from ustack.transport.udp import UdpConfig
-from ustack.wire.ethernet import ETH_P_ARP
+from ustack.wire import ethernet, icmpv6, ipv6
+from ustack.wire.checksum import finish, ones_sum, pseudo_v6
+from ustack.wire.ethernet import ETH_P_ARP, ETH_P_IPV6
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 OURS: Final = "10.0.0.1"
 PEER: Final = "10.0.0.2"
+OURS6: Final = "fd00::1"
+PEER6: Final = "fd00::2"
 CROWD_PORT: Final = 9
 NBD_PORT: Final = 10809
 
@@ -43,6 +48,10 @@ PEER_MEMORY: Final = 64 << 20
 
 ARP_SENDER: Final = slice(22, 28)
 """Where the sender's hardware address lies in a frame with ARP."""
+
+NDP_MESSAGE: Final = ethernet.HEADER_LEN + ipv6.HEADER_LEN
+NDP_SENDER: Final = slice(NDP_MESSAGE + 26, NDP_MESSAGE + 32)
+"""The same in a frame with a neighbor solicitation or advertisement: in its first option."""
 
 FLOOD: Final = bytes(1 << 16)
 
@@ -91,7 +100,8 @@ class TakenRing(LinearRing):
 
 class Pressed:
     """Our stack (`stack`), the peer's, and the wire between them. `memory` is ours in bytes; `pool`, `pool_options` and
-    `reserve` are those of `Stack`; `linear` chooses the receive ring, `features` the offloads of both devices.
+    `reserve` are those of `Stack`; `linear` chooses the receive ring, `features` the offloads of both devices, `version` that
+    of IP for all that they say to each other.
     """
 
     def __init__(
@@ -107,7 +117,10 @@ class Pressed:
         mtu: int = 1500,
         wire: Impairments | None = None,
         tcp: TcpConfig | None = None,
+        version: int = 4,
     ) -> None:
+        self.version = version
+        self.ours, self.theirs = (OURS, PEER) if version == 4 else (OURS6, PEER6)
         self.world = World(seed)
         self.loop = VirtualLoop(self.world)
         self.random = Random(seed)
@@ -122,18 +135,23 @@ class Pressed:
             reserve=reserve,
             tcp=tcp or without_tcp_mem(memory),
             udp=without_udp_mem(memory),
+            ipv6=Ipv6Config(dad_transmits=0),
             random=Random(seed * 2),
         )
-        self.peer = Stack(memory=PEER_MEMORY, reserve=0, random=Random(seed * 2 + 1))
-        for stack, device, address in ((self.stack, self.device, OURS), (self.peer, self.peer_device, PEER)):
+        self.peer = Stack(memory=PEER_MEMORY, reserve=0, ipv6=Ipv6Config(dad_transmits=0), random=Random(seed * 2 + 1))
+        for stack, device, address in ((self.stack, self.device, self.ours), (self.peer, self.peer_device, self.theirs)):
             self.world.add(stack, device)
-            stack.add_interface(device, f"{address}/24")
+            stack.add_interface(device, f"{address}/{24 if version == 4 else 64}")
         self.server: NbdServer | None = None
         self._hogged: list[int] = []
         self._crowd: list[asyncio.Transport] = []
         self._deaf: list[Socket] = []
         self._flooding: asyncio.Task[None] | None = None
         self._cut_until = 0.0
+
+    @property
+    def _family(self) -> int:
+        return AF_INET if self.version == 4 else AF_INET6
 
     def run(self, story: Callable[[], Awaitable[None]], limit: float) -> bool:
         """Run `story` for at most `limit` virtual seconds; whether it came to its end."""
@@ -194,6 +212,9 @@ class Pressed:
             data[6:12] = mac
             if data[12:14] == ETH_P_ARP.to_bytes(2):
                 data[ARP_SENDER] = mac
+            elif data[12:14] == ETH_P_IPV6.to_bytes(2) and data[NDP_MESSAGE : NDP_MESSAGE + 1] in _TELLS_MAC:
+                data[NDP_SENDER] = mac
+                _correct_checksum(data)
             frame.data = data
             from_peer(frame)
 
@@ -214,14 +235,14 @@ class Pressed:
         await self.stack.create_server(Unread, None, CROWD_PORT, backlog=connections)
         for number in range(connections):
             # All connect before anybody sends: when memory is short, nobody else gets in.
-            self._crowd.append((await self.peer.create_connection(asyncio.Protocol, OURS, CROWD_PORT))[0])
-            deaf = self.stack.socket(type=SOCK_DGRAM)
+            self._crowd.append((await self.peer.create_connection(asyncio.Protocol, self.ours, CROWD_PORT))[0])
+            deaf = self.stack.socket(self._family, SOCK_DGRAM)
             deaf.setsockopt(SOL_SOCKET, SO_RCVBUF, self.stack.arena.size)
             deaf.bind(("", CROWD_PORT + 1 + number))
             self._deaf.append(deaf)
         for transport in self._crowd:
             _Flood(transport).go_on()
-        sender = self.peer.socket(type=SOCK_DGRAM)
+        sender = self.peer.socket(self._family, SOCK_DGRAM)
         self._deaf.append(sender)
         if datagrams:
             self._flooding = self.loop.create_task(self._flood(sender, connections))
@@ -240,7 +261,7 @@ class Pressed:
             await asyncio.sleep(max(self._cut_until - self.world.now, 0))
             for number in range(sockets):
                 datagram = FLOOD[: self.random.randrange(1, DATAGRAM_MAX)]
-                sender.sendto_nowait(datagram, (OURS, CROWD_PORT + 1 + number))
+                sender.sendto_nowait(datagram, (self.ours, CROWD_PORT + 1 + number))
             await asyncio.sleep(ROUND)
 
     def take_pages(self) -> None:
@@ -273,11 +294,23 @@ class Pressed:
     async def attach(self, queue_depth: int, request_size: int) -> NbdClient:
         """Attach the disk over our stack with a memalloc socket."""
         return await NbdClient.open(
-            lambda factory: self.stack.create_connection(factory, PEER, NBD_PORT, memalloc=True),
+            lambda factory: self.stack.create_connection(factory, self.theirs, NBD_PORT, memalloc=True),
             queue_depth=queue_depth,
             request_size=request_size,
             request_timeout=None,
         )
+
+
+_TELLS_MAC: Final = (bytes((icmpv6.ND_NEIGHBOR_SOLICIT,)), bytes((icmpv6.ND_NEIGHBOR_ADVERT,)))
+
+
+def _correct_checksum(frame: bytearray) -> None:
+    """Make the ICMPv6 checksum of a frame right again."""
+    message = frame[NDP_MESSAGE:]
+    message[2:4] = bytes(2)
+    addresses = ethernet.HEADER_LEN + ipv6.OFF_SRC
+    total = pseudo_v6(bytes(frame[addresses : addresses + 16]), bytes(frame[addresses + 16 : addresses + 32]), 58, len(message))
+    frame[NDP_MESSAGE + 2 : NDP_MESSAGE + 4] = finish(total + ones_sum(message)).to_bytes(2)
 
 
 class _Flood(asyncio.Protocol):

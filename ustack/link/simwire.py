@@ -18,16 +18,18 @@ from random import Random
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ustack.drops import DropReason, Drops
-from ustack.link.device import ETH_HLEN, FEATURE_CSUM, FEATURE_TSO, NO_CSUM, Device
+from ustack.link.device import ETH_HLEN, FEATURE_CSUM, FEATURE_TSO, NO_CSUM, VLAN_HLEN, Device
 from ustack.link.rxring import PagedRing
-from ustack.wire import ipv4, tcp
-from ustack.wire.checksum import finish, ones_sum, pseudo_v4
+from ustack.wire import ethernet, ipv4, ipv6, tcp
+from ustack.wire.checksum import finish, ones_sum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ustack.link.rxring import RxFrame, RxRing
     from ustack.skb import Buffer, SkbMemory
+
+_TAGGED: Final = ethernet.ETH_P_8021Q.to_bytes(2, "big")
 
 SUPER_FRAME: Final = ETH_HLEN + ipv4.TOTAL_MAX
 """Bytes of the longest frame with TSO."""
@@ -300,38 +302,37 @@ class SimWire:
 
 
 def segments(frame: Buffer, gso_size: int) -> list[bytearray]:
-    """Cut the TCP super-frame `frame` over IPv4 into frames with `gso_size` bytes of payload each, checksums complete.
+    """Cut the TCP super-frame `frame` into frames with `gso_size` bytes of payload each, checksums complete. It may have a tag.
 
     As tcp_gso_segment in Linux does it: FIN and PSH only on the last one, CWR only on the first, identification counting up.
     """
-    l4 = ETH_HLEN + ((frame[ETH_HLEN] & 15) << 2)
+    l3 = ETH_HLEN + (VLAN_HLEN if frame[12:14] == _TAGGED else 0)
+    v4 = frame[l3] >> 4 == 4
+    l4 = l3 + (((frame[l3] & 15) << 2) if v4 else ipv6.HEADER_LEN)
     headers = l4 + (frame[l4 + tcp.OFF_FLAGS] >> 4 << 2)
-    ident = int.from_bytes(frame[ETH_HLEN + ipv4.OFF_ID : ETH_HLEN + ipv4.OFF_ID + 2], "big")
+    ident = int.from_bytes(frame[l3 + ipv4.OFF_ID : l3 + ipv4.OFF_ID + 2], "big")
     seq = int.from_bytes(frame[l4 + tcp.OFF_SEQ : l4 + tcp.OFF_SEQ + 4], "big")
-    src = bytes(frame[ETH_HLEN + ipv4.OFF_SRC : ETH_HLEN + ipv4.OFF_DST])
-    dst = bytes(frame[ETH_HLEN + ipv4.OFF_DST : ETH_HLEN + ipv4.OFF_DST + 4])
+    addresses = ones_sum(bytes(frame[l3 + ipv4.OFF_SRC : l3 + 20] if v4 else frame[l3 + ipv6.OFF_SRC : l4]))
     cut = []
     for index, start in enumerate(range(headers, len(frame), gso_size)):
         segment = bytearray(frame[:headers])
         segment += frame[start : start + gso_size]
         length = len(segment) - l4
-        for at, value, size in (
-            (ETH_HLEN + ipv4.OFF_TOTAL, len(segment) - ETH_HLEN, 2),
-            (ETH_HLEN + ipv4.OFF_ID, (ident + index) & 0xFFFF, 2),
-            (ETH_HLEN + ipv4.OFF_CSUM, 0, 2),
-            (l4 + tcp.OFF_SEQ, (seq + index * gso_size) & 0xFFFFFFFF, 4),
-            (l4 + tcp.OFF_CSUM, 0, 2),
-        ):
-            segment[at : at + size] = value.to_bytes(size, "big")
+        if v4:
+            segment[l3 + ipv4.OFF_TOTAL : l3 + ipv4.OFF_TOTAL + 2] = (len(segment) - l3).to_bytes(2, "big")
+            segment[l3 + ipv4.OFF_ID : l3 + ipv4.OFF_ID + 2] = ((ident + index) & 0xFFFF).to_bytes(2, "big")
+            segment[l3 + ipv4.OFF_CSUM : l3 + ipv4.OFF_CSUM + 2] = bytes(2)
+            segment[l3 + ipv4.OFF_CSUM : l3 + ipv4.OFF_CSUM + 2] = finish(ones_sum(segment[l3:l4])).to_bytes(2, "big")
+        else:
+            segment[l3 + ipv6.OFF_PAYLOAD_LEN : l3 + ipv6.OFF_PAYLOAD_LEN + 2] = length.to_bytes(2, "big")
+        segment[l4 + tcp.OFF_SEQ : l4 + tcp.OFF_SEQ + 4] = ((seq + index * gso_size) & 0xFFFFFFFF).to_bytes(4, "big")
         if start + gso_size < len(frame):
             segment[l4 + tcp.OFF_FLAGS + 1] &= ~(tcp.FIN | tcp.PSH) & 0xFF
         if index:
             segment[l4 + tcp.OFF_FLAGS + 1] &= ~tcp.CWR & 0xFF
-        for at, total in (
-            (ETH_HLEN + ipv4.OFF_CSUM, ones_sum(segment[ETH_HLEN:l4])),
-            (l4 + tcp.OFF_CSUM, pseudo_v4(src, dst, ipv4.IPPROTO_TCP, length) + ones_sum(segment[l4:])),
-        ):
-            segment[at : at + 2] = finish(total).to_bytes(2, "big")
+        segment[l4 + tcp.OFF_CSUM : l4 + tcp.OFF_CSUM + 2] = bytes(2)
+        total = addresses + ipv4.IPPROTO_TCP + length + ones_sum(segment[l4:])
+        segment[l4 + tcp.OFF_CSUM : l4 + tcp.OFF_CSUM + 2] = finish(total).to_bytes(2, "big")
         cut.append(segment)
     return cut
 
