@@ -43,6 +43,16 @@ def require_path(path: Path, hint: str) -> Path:
     return path
 
 
+def require_userfaultfd() -> None:
+    """Go on only where page faults can be handled by a program."""
+    from ustack.nbd.userfaultfd import open_userfaultfd
+
+    try:
+        os.close(open_userfaultfd())
+    except OSError as error:
+        _missing(f"needs userfaultfd: {error.strerror}")
+
+
 @cache
 def extended_qemu_nbd() -> str:
     """A qemu-nbd that speaks extended headers, which version 8.2 was the first to do. It is skipped where there is none: the

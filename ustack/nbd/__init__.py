@@ -13,6 +13,7 @@ from ustack.nbd.errors import NbdOptionError, NbdProtocolError, NbdReadError
 from ustack.nbd.export_info import ExportInfo
 from ustack.nbd.file import NbdFile, open_file
 from ustack.nbd.mirror import MemberReport, NbdMirror, connect_mirror
+from ustack.nbd.remote_memory import RemoteMemory
 from ustack.nbd.uri import NbdUri
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "NbdProtocolError",
     "NbdReadError",
     "NbdUri",
+    "RemoteMemory",
     "connect",
     "connect_mirror",
     "list_exports",
