@@ -345,3 +345,49 @@ async def test_fio_verifies_a_loop_device_with_many_requests_in_flight(tmp_path:
     async with remote(file, MemoryExport(32 * MIB)) as export:
         await asyncio.to_thread(use)
         assert export.errors == 0
+
+
+async def test_an_error_of_the_server_is_the_error_of_the_file(tmp_path: Path) -> None:
+    class Broken(MemoryExport):
+        __slots__ = ()
+
+        def read(self, offset: int, length: int) -> memoryview:
+            raise OSError(errno.ENOMEM, "no memory")
+
+    file = tmp_path / "disk"
+    broken = Broken(MIB)
+    broken.destination(0, PAGE)  # no hole: it must be read
+    async with remote(file, broken) as export:
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            await asyncio.to_thread(read_page, file, 0)
+        assert (export.errors, export.in_flight) == (1, 0)
+
+
+async def test_what_waits_when_the_disk_is_lost_fails_with_the_reason(tmp_path: Path) -> None:
+    file = tmp_path / "disk"
+    cut = False
+
+    async with serving(MemoryExport(MIB)) as uri:
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            theirs, ours = await asyncio.open_connection("127.0.0.1", int(uri.rpartition(":")[2]))
+
+            async def forward(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+                while (data := await source.read(1 << 16)) and not cut:
+                    target.write(data)
+                for end in (writer, ours):
+                    end.close()
+
+            await asyncio.gather(forward(reader, ours), forward(theirs, writer))
+
+        server = await asyncio.start_server(relay, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with nbd.connect(f"nbd://127.0.0.1:{port}/", dead_after=0) as disk, exported(disk, file) as export:
+            assert await asyncio.to_thread(read_page, file, 0) == bytes(PAGE)
+            cut = True
+            for _ in range(2):  # under way when it is lost, and afterwards
+                with pytest.raises(ConnectionResetError):
+                    await asyncio.to_thread(read_page, file, 0)
+            assert (export.errors, export.in_flight) == (2, 0)
+        server.close()
+        await server.wait_closed()

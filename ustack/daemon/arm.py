@@ -235,6 +235,7 @@ class Arming:
             "major_faults": usage.ru_majflt - self._faults[1],
             "read_calls": calls[0],
             "write_calls": calls[1],
+            "cpu": usage.ru_utime + usage.ru_stime,
             "waits": usage.ru_nvcsw,
             "preempted": usage.ru_nivcsw,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ustack.nbd.constants import NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES
 from ustack.nbd.transmission import Request
@@ -12,6 +12,23 @@ if TYPE_CHECKING:
 
 CHANGES: Final = frozenset((NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES))
 """Commands that change what the export holds."""
+
+
+class Completion(Protocol):
+    """Who is told what became of a call: an asyncio.Future, or somebody who wants to know within the turn of the event loop
+    that brings the reply. Nothing here may raise."""
+
+    def done(self) -> bool:
+        """Nobody waits any more."""
+
+    def cancelled(self) -> bool:
+        """Whoever waited has gone."""
+
+    def set_result(self, result: None, /) -> None:
+        """The call is answered: see its `error`."""
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """It never will be, for this reason."""
 
 
 class Call(Request):
@@ -33,7 +50,7 @@ class Call(Request):
         length: int,
         view: memoryview | None,
         payload: memoryview | None,
-        future: asyncio.Future[None],
+        future: Completion,
         size: int,
     ) -> None:
         super().__init__(command, flags, offset, length, view)

@@ -15,7 +15,7 @@ import errno
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from ustack.nbd.block_status import Extent, append_extents
-from ustack.nbd.call import CHANGES
+from ustack.nbd.call import CHANGES, Call
 from ustack.nbd.connection import CLOSE_TIMEOUT, Buffer, Connector
 from ustack.nbd.constants import (
     BASE_ALLOCATION,
@@ -254,6 +254,17 @@ class NbdClient:
         else:
             parts = self._parts(len(view), info.maximum_payload)
             await self._together(self._call(NBD_CMD_READ, flags, offset + at, n, view[at : at + n], None) for at, n in parts)
+
+    def begin(self, call: Call) -> bool:
+        """Start a read or write of one request at once, without a task: see `Session.begin`. False when it has to wait, or is
+        one that `pread_into` and `pwrite` would cut or refuse: use them."""
+        info = self.info
+        end = call.offset + call.length
+        if not 0 < call.length <= info.maximum_payload or end > info.size or (call.offset | end) & (info.minimum_block - 1):
+            return False
+        if call.payload is not None and info.read_only:
+            return False
+        return self._session.begin(call)
 
     async def pwrite(self, data: Buffer, offset: int, *, fua: bool = False) -> None:
         """Write `data` at `offset`; with `fua` it is on stable storage when this returns. `data` must not change meanwhile. A

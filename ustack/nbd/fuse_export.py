@@ -24,6 +24,9 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from ustack.nbd.call import Call
+from ustack.nbd.client import NbdClient
+from ustack.nbd.constants import NBD_CMD_READ, NBD_CMD_WRITE, WIRE_TO_ERRNO
 from ustack.nbd.fuse_mount import FuseMount
 from ustack.nbd.fuse_wire import (
     DATA_AT,
@@ -61,7 +64,7 @@ from ustack.nbd.fuse_wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, MutableSequence
+    from collections.abc import Callable, Coroutine, MutableSequence
 
     from ustack.nbd.disks import Disk
 
@@ -78,12 +81,18 @@ FALLOC_FL_ZERO_RANGE: Final = 16
 class Slot:
     """Room for one request. The buffer is laid out so that the data of a write, and of the reply to a read, lies on a page
     boundary, with the header before it: | ... header | data ... |.
+
+    A request that the disk takes at once (`NbdClient.begin`) has no task: the slot itself is told of the reply (it is the
+    `Completion` of `call`), and answers before the stack acknowledges what came.
     """
 
-    __slots__ = ("buffer", "data", "iov", "number", "reply", "task", "unique")
+    __slots__ = ("buffer", "call", "data", "finish", "iov", "number", "reply", "task", "unique")
 
-    def __init__(self, number: int, buffer: memoryview) -> None:
-        """`buffer` begins on a page boundary; its first page is for headers."""
+    def __init__(self, number: int, buffer: memoryview, finish: Callable[[Slot, int], None]) -> None:
+        """`buffer` begins on a page boundary; its first page is for headers. `finish` is called with the slot and an errno, or
+        0, when the disk has done what `call` asks."""
+        self.finish = finish
+        self.call: Call | None = None
         self.number = number
         self.buffer = buffer
         self.data = buffer[PAGE:]
@@ -91,6 +100,24 @@ class Slot:
         self.reply = buffer[PAGE - OUT_LEN : PAGE]
         self.unique = 0
         self.task: asyncio.Task[None] | None = None
+
+    def done(self) -> bool:
+        """Nobody waits."""
+        return self.call is None
+
+    def cancelled(self) -> bool:
+        """Requests of the kernel are not cancelled."""
+        return False
+
+    def set_result(self, _: None, /) -> None:
+        """The disk has answered."""
+        assert self.call is not None
+        error = self.call.error
+        self.finish(self, WIRE_TO_ERRNO.get(error, errno.EINVAL) if error else 0)
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """The disk is lost."""
+        self.finish(self, getattr(exception, "errno", None) or errno.EIO)
 
 
 class FuseExport:
@@ -102,7 +129,9 @@ class FuseExport:
     """
 
     __slots__ = (
+        "_begin_call",
         "_block",
+        "_disk",
         "_fd",
         "_free",
         "_loop",
@@ -117,7 +146,6 @@ class FuseExport:
         "_zeroes",
         "bytes_read",
         "bytes_written",
-        "disk",
         "errors",
         "lost",
         "others",
@@ -140,7 +168,7 @@ class FuseExport:
     ) -> None:
         """`name` is what /proc/mounts shows; `since` is where the time is kept at which the request in each slot came (0: there
         is none), for those who watch over them from outside."""
-        self.disk: Disk | None = disk
+        self.disk = disk
         self.size = disk.size
         self.reads = self.writes = self.others = self.errors = 0
         self.bytes_read = self.bytes_written = 0
@@ -155,7 +183,7 @@ class FuseExport:
         each = PAGE + self._request_size
         self._memory = mmap.mmap(-1, requests * each, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
         view = memoryview(self._memory)
-        self._slots = [Slot(number, view[number * each : (number + 1) * each]) for number in range(requests)]
+        self._slots = [Slot(number, view[number * each : (number + 1) * each], self._finished) for number in range(requests)]
         self._free = self._slots[::-1]
         self._starved = False
         self._zeroes = bytes(self._request_size)
@@ -163,6 +191,16 @@ class FuseExport:
         self._fd = self._mount.fd
         self.path = self._mount.path
         self._loop.add_reader(self._fd, self._on_readable)
+
+    @property
+    def disk(self) -> Disk | None:
+        """Where requests go."""
+        return self._disk
+
+    @disk.setter
+    def disk(self, disk: Disk | None) -> None:
+        self._disk = disk
+        self._begin_call = disk.begin if isinstance(disk, NbdClient) else None
 
     @property
     def in_flight(self) -> int:
@@ -235,9 +273,19 @@ class FuseExport:
         work: Coroutine[Any, Any, None]
         if opcode == FUSE_READ:
             _, offset, length = READ_WRITE_IN.unpack_from(buffer, PAGE - DATA_AT + HEADER_LEN)
+            if self._begin_call is not None:
+                call = slot.call = Call(NBD_CMD_READ, 0, offset, length, slot.data[:length], None, slot, length)
+                if self._begin_call(call):
+                    return
+                slot.call = None
             work = self._read(slot, offset, length)
         elif opcode == FUSE_WRITE:
             _, offset, length = READ_WRITE_IN.unpack_from(buffer, PAGE - DATA_AT + HEADER_LEN)
+            if self._begin_call is not None:
+                call = slot.call = Call(NBD_CMD_WRITE, 0, offset, length, None, slot.data[:length], slot, length)
+                if self._begin_call(call):
+                    return
+                slot.call = None
             work = self._write(slot, offset, length)
         elif opcode == FUSE_FSYNC:
             work = self._sync(slot)
@@ -249,6 +297,29 @@ class FuseExport:
             self._end(slot)
             return
         slot.task = self._loop.create_task(work)
+
+    def _finished(self, slot: Slot, code: int) -> None:
+        """The disk has done what the slot's call asks."""
+        call, slot.call = slot.call, None
+        assert call is not None
+        if code:
+            self._fail(slot, code)
+        elif call.payload is None:
+            self._answer_read(slot, call.length)
+        else:
+            self._answer_write(slot, call.length)
+        self._end(slot)
+
+    def _answer_read(self, slot: Slot, length: int) -> None:
+        self.reads += 1
+        self.bytes_read += length
+        self._reply(slot, length)
+
+    def _answer_write(self, slot: Slot, length: int) -> None:
+        self.writes += 1
+        self.bytes_written += length
+        WRITE_OUT.pack_into(slot.data, 0, length, 0)
+        self._reply(slot, WRITE_OUT.size)
 
     def _end(self, slot: Slot) -> None:
         slot.task = None
@@ -282,15 +353,14 @@ class FuseExport:
             self.lost = True
             self._loop.remove_reader(self._fd)
 
-    def _fail(self, slot: Slot, error: OSError) -> None:
+    def _fail(self, slot: Slot, code: int) -> None:
         self.errors += 1
-        code = error.errno or errno.EIO
         self._reply_error(slot, code if 0 < code < 512 and code != errno.EINTR else errno.EIO)
 
-    def _disk(self) -> Disk:
-        if self.disk is None:
+    def _attached(self) -> Disk:
+        if self._disk is None:
             raise OSError(errno.EIO, "the disk is not attached")
-        return self.disk
+        return self._disk
 
     # -- on the disk ---------------------------------------------------------------------------------------------------------
 
@@ -298,12 +368,10 @@ class FuseExport:
         try:
             length = max(min(length, self.size - offset), 0)
             if length:
-                await self._disk().pread_into(slot.data[:length], offset)
-            self.reads += 1
-            self.bytes_read += length
-            self._reply(slot, length)
+                await self._attached().pread_into(slot.data[:length], offset)
+            self._answer_read(slot, length)
         except OSError as error:
-            self._fail(slot, error)
+            self._fail(slot, error.errno or errno.EIO)
         finally:
             self._end(slot)
 
@@ -313,25 +381,22 @@ class FuseExport:
                 if offset >= self.size:
                     raise OSError(errno.ENOSPC, "beyond the end of the disk")
                 length = self.size - offset
-            await self._disk().pwrite(slot.data[:length], offset)
-            self.writes += 1
-            self.bytes_written += length
-            WRITE_OUT.pack_into(slot.data, 0, length, 0)
-            self._reply(slot, WRITE_OUT.size)
+            await self._attached().pwrite(slot.data[:length], offset)
+            self._answer_write(slot, length)
         except OSError as error:
-            self._fail(slot, error)
+            self._fail(slot, error.errno or errno.EIO)
         finally:
             self._end(slot)
 
     async def _sync(self, slot: Slot) -> None:
         try:
-            disk = self._disk()
+            disk = self._attached()
             if disk.can_flush:
                 await disk.flush()
             self.others += 1
             self._reply(slot, 0)
         except OSError as error:
-            self._fail(slot, error)
+            self._fail(slot, error.errno or errno.EIO)
         finally:
             self._end(slot)
 
@@ -348,12 +413,12 @@ class FuseExport:
             self.others += 1
             self._reply(slot, 0)
         except OSError as error:
-            self._fail(slot, error)
+            self._fail(slot, error.errno or errno.EIO)
         finally:
             self._end(slot)
 
     async def _zero(self, offset: int, length: int) -> None:
-        disk = self._disk()
+        disk = self._attached()
         if disk.can_zero:
             await disk.zero(length, offset)
             return

@@ -229,6 +229,23 @@ class Session:
             raise error
         return call
 
+    def begin(self, call: Call) -> bool:
+        """Start a read or a write that can be sent now: nobody waits for a place, nothing that it overlaps is under way, and
+        there is one connection. Its `future` is told when it is done, within the turn of the loop that brings the reply. False
+        when it cannot be, and then nothing has happened: `call` waits."""
+        up = self._up
+        if self._failure is not None or self._leaving or self._unsent or len(up) != 1 or up[0].paused or self._copy_writes:
+            return False
+        if not self._admission.try_enter(call.size):
+            return False
+        if call.command in CHANGES and self._order.add(call) is not None:
+            self._order.remove(call)
+            self._admission.leave(call.size)
+            return False
+        self._number = call.number = self._number + 1
+        up[0].send(call)
+        return True
+
     def _check_open(self) -> None:
         if self._failure is not None or self._leaving:
             raise self._error()
