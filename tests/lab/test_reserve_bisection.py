@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from ustack.cli import main
 from ustack.lab.reserve_bisection import GOOD_WIRE, POOLS, Run, bisect, run, worked_out
+from ustack.mem.reserve import Demand
 
 pytestmark = pytest.mark.sim
 
@@ -25,6 +26,18 @@ def test_nothing_waits_for_memory_with_what_is_worked_out_and_something_does_wit
     assert not run(1, pool, linear, pages // 2 - 1, reads=0.0, wire=GOOD_WIRE, requests=64).served
 
 
+@each_pool
+def test_nor_does_anything_with_few_and_small_requests(pool: str) -> None:
+    demand = Demand(1, 4096)
+    pages = worked_out(pool, False, demand)
+    assert pages < 16
+    assert run(1, pool, False, pages, reads=0.5, wire=GOOD_WIRE, requests=24, demand=demand).served
+
+
+def test_a_demand_of_more_than_the_limits_of_tcp_is_bounded_by_them() -> None:
+    assert worked_out("kmalloc", False, Demand(64, 1 << 20)) < 3 * (6 << 20) >> 12
+
+
 def test_with_a_little_memory_everything_still_gets_done() -> None:
     done = run(1, "kmalloc", False, 24, reads=0.5, wire=GOOD_WIRE, requests=64)
     assert done.done
@@ -32,7 +45,9 @@ def test_with_a_little_memory_everything_still_gets_done() -> None:
 
 
 def test_bisection_finds_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ustack.lab.reserve_bisection.all_runs", lambda seeds, pool, linear, pages: [Run(pages >= 37, 0, 0)])
+    monkeypatch.setattr(
+        "ustack.lab.reserve_bisection.all_runs", lambda seeds, pool, linear, pages, demand: [Run(pages >= 37, 0, 0)]
+    )
     assert bisect("any", False, [1], lambda each: each.done, 100) == 37
     assert bisect("any", False, [1], lambda each: each.refused > 0, 100) == 101
 
@@ -47,9 +62,11 @@ def test_the_command_prints_what_it_found(monkeypatch: pytest.MonkeyPatch) -> No
     from ustack.lab import reserve_bisection
 
     monkeypatch.setattr(
-        reserve_bisection, "find", lambda pool, linear, seeds: reserve_bisection.Found(pool, linear, 200, 110, len(list(seeds)))
+        reserve_bisection,
+        "find",
+        lambda pool, linear, seeds, demand: reserve_bisection.Found(pool, linear, 200, demand.queue_depth, len(list(seeds))),
     )
-    done = CliRunner().invoke(main, ["pressure", "reserve", "--pool", "srog", "--seeds", "3", "--json"])
+    done = CliRunner().invoke(main, ["pressure", "reserve", "--pool", "srog", "--requests", "110", "--seeds", "3", "--json"])
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
     assert [row["linear"] for row in rows] == [False, True]

@@ -123,8 +123,10 @@ def throughput(
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects instead of the table.")
 @click.option("--pool", "pools", multiple=True, metavar="NAME", help="Only this pool; may be given several times.")
+@click.option("--requests", type=click.IntRange(1, 1024), default=16, show_default=True, help="Requests in flight.")
+@click.option("--request-size", type=Size(), default="16K", show_default=True, help="Bytes of a request.")
 @click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="Seeds that each size must do for.")
-def reserve(as_json: bool, pools: tuple[str, ...], seeds: int) -> None:
+def reserve(as_json: bool, pools: tuple[str, ...], requests: int, request_size: int, seeds: int) -> None:
     """Find by bisection how small the reserve may be, in virtual time, and compare it with what "auto" works out.
 
     Memory is full. A disk is read and written with all requests in flight, while the wire loses what hurts most. With `lives`
@@ -135,7 +137,10 @@ def reserve(as_json: bool, pools: tuple[str, ...], seeds: int) -> None:
     from rich.table import Table
 
     from ustack.lab import reserve_bisection
+    from ustack.mem.reserve import Demand
 
+    if not 512 <= request_size <= 1 << 20 or request_size % 512:
+        raise click.BadParameter("allowed is a multiple of 512 up to 1M", param_hint="--request-size")
     known = reserve_bisection.POOLS
     for pool in pools:
         if pool not in known:
@@ -146,7 +151,7 @@ def reserve(as_json: bool, pools: tuple[str, ...], seeds: int) -> None:
         for pool in pools or known:
             for linear in (False, True):
                 status.update(f"{pool}, {'linear' if linear else 'paged'}")
-                found.append(reserve_bisection.find(pool, linear, range(seeds)))
+                found.append(reserve_bisection.find(pool, linear, range(seeds), Demand(requests, request_size)))
     if as_json:
         click.echo(json.dumps([each._asdict() | {"ratio": each.ratio} for each in found], indent=1))
     else:

@@ -8,16 +8,23 @@ below.
 
 Two moments are the worst, and both happen here: all requests are writes that nobody has acknowledged, and the answers to all
 come behind a segment that is lost. The second needs an unlucky wire (`FirstOfBurstLost`), chance alone hardly ever comes to it.
+Again and again the disk's address is forgotten as well (`ip neigh flush`), so that frames wait until ARP has an answer.
 """
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from pools.arena import PAGE_SHIFT
+from pools.base import by_name
 from ustack.lab.pressed import NBD_PORT, Pressed, TakenRing, Work
 from ustack.link.device import FEATURE_CSUM
 from ustack.link.simwire import Impairments
 from ustack.mem.reserve import Demand
+from ustack.transport.tcp.config import TcpConfig
+from ustack.transport.tcp.reserve_size import Link, budget, ring_pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -34,13 +41,22 @@ POOLS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 }
 """Every pool, by name and options."""
 
-DEPTH: Final = 16
-REQUEST_SIZE: Final = 16 << 10
-DISK_SIZE: Final = 2 << 20
-REQUESTS: Final = 300
+DEMAND: Final = Demand(16, 16 << 10)
+"""Requests in flight, and the bytes of each, unless told otherwise."""
+
+ROUNDS: Final = 18
+REQUESTS_MIN: Final = 60
+"""Requests of a run, for each that may be in flight, and at least."""
+
 CROWD: Final = 30
+MTU: Final = 1500
+
 MEMORY: Final = 8 << 20
-_DEMAND: Final = Demand(DEPTH, REQUEST_SIZE)
+SHARE: Final = 4
+"""Packet memory in bytes, at least, and in parts of which the reserve is one."""
+
+FORGET: Final = 0.05
+"""Virtual seconds after which the disk's address is forgotten."""
 
 BULK: Final = 1000
 """Bytes from which on a frame is one of a burst."""
@@ -111,40 +127,50 @@ class Run(NamedTuple):
         return self.done and not self.refused and not self.throttled
 
 
-def worked_out(pool: str, linear: bool) -> int:
-    """Pages that are worked out for the demand of these runs."""
-    with_nobody = _pressed(0, pool, linear, Impairments())
-    try:
-        demand = with_nobody.stack.reserve.claim("bisection", _DEMAND)
-        assert demand is not None
-        return demand.pages + with_nobody.stack.reserve.ring_pages()
-    finally:
-        with_nobody.close()
-
-
-def _pressed(seed: int, pool: str, linear: bool, wire: Impairments) -> Pressed:
+def worked_out(pool: str, linear: bool, demand: Demand = DEMAND) -> int:
+    """Pages that are worked out for `demand`."""
     name, options = POOLS[pool]
-    return Pressed(
-        seed, memory=MEMORY, pool=name, pool_options=options, linear=linear, features=FEATURE_CSUM, mtu=1500, wire=wire
-    )
+    make_pool = partial(by_name(name), **options)
+    link = Link(MTU, linear)
+    limits = TcpConfig()
+    found = budget(make_pool, demand, link, sndbuf_max=limits.wmem_max, rcvbuf_max=limits.rmem_max)
+    return found.pages + ring_pages(make_pool, link)
 
 
-def run(seed: int, pool: str, linear: bool, pages: int, *, reads: float, wire: Impairments, requests: int = REQUESTS) -> Run:
+def run(
+    seed: int,
+    pool: str,
+    linear: bool,
+    pages: int,
+    *,
+    reads: float,
+    wire: Impairments,
+    requests: int | None = None,
+    demand: Demand = DEMAND,
+) -> Run:
     """Do so many `requests` on a disk with a reserve of `pages`, while a crowd holds everything else."""
-    pressed = _pressed(seed, pool, linear, wire)
+    depth, size = demand
+    disk_size = 8 * depth * size
+    name, options = POOLS[pool]
+    memory = max(MEMORY, SHARE * worked_out(pool, linear, demand) << PAGE_SHIFT)
+    pressed = Pressed(
+        seed, memory=memory, pool=name, pool_options=options, linear=linear, features=FEATURE_CSUM, mtu=MTU, wire=wire
+    )
     FirstOfBurstLost(pressed)
 
     async def story() -> None:
-        await pressed.serve(DISK_SIZE)
-        disk = await pressed.attach(DEPTH, REQUEST_SIZE)
+        await pressed.serve(disk_size)
+        disk = await pressed.attach(depth, size)
         pressed.stack.pages.set_min_pages(pages)
         await pressed.crowd(CROWD)
         ring = pressed.device.ring
         pressed.take_pages()
         if isinstance(ring, TakenRing):
             ring.take_along()
-        work = Work(pressed, disk, depth=DEPTH, request_size=REQUEST_SIZE, size=DISK_SIZE, reads=reads)
-        await work.do(requests)
+        work = Work(pressed, disk, depth=depth, request_size=size, size=disk_size, reads=reads)
+        forgetful = asyncio.get_running_loop().create_task(_forget(pressed))
+        await work.do(requests or max(ROUNDS * depth, REQUESTS_MIN))
+        forgetful.cancel()
 
     done = pressed.run(story, LIMIT)
     result = Run(done, pressed.stack.pages.reserve_failures, pressed.stack.reserve.throttled)
@@ -152,17 +178,26 @@ def run(seed: int, pool: str, linear: bool, pages: int, *, reads: float, wire: I
     return result
 
 
-def all_runs(seeds: Iterable[int], pool: str, linear: bool, pages: int) -> Iterator[Run]:
+async def _forget(pressed: Pressed) -> None:
+    """Forget the disk's address again and again."""
+    while True:
+        await asyncio.sleep(FORGET)
+        pressed.stack.interfaces[0].neighbours.close()
+
+
+def all_runs(seeds: Iterable[int], pool: str, linear: bool, pages: int, demand: Demand = DEMAND) -> Iterator[Run]:
     """Every run of every seed with a reserve of `pages`."""
-    return (run(seed, pool, linear, pages, reads=reads, wire=wire) for seed in seeds for reads, wire in RUNS)
+    return (run(seed, pool, linear, pages, reads=reads, wire=wire, demand=demand) for seed in seeds for reads, wire in RUNS)
 
 
-def bisect(pool: str, linear: bool, seeds: Iterable[int], enough: Callable[[Run], bool], most: int) -> int:
+def bisect(
+    pool: str, linear: bool, seeds: Iterable[int], enough: Callable[[Run], bool], most: int, demand: Demand = DEMAND
+) -> int:
     """The smallest reserve, in pages, up to `most`, with which every run is `enough`; `most` + 1 when none is."""
     seeds = list(seeds)
 
     def does(pages: int) -> bool:
-        return all(enough(each) for each in all_runs(seeds, pool, linear, pages))
+        return all(enough(each) for each in all_runs(seeds, pool, linear, pages, demand))
 
     low, high = 0, most + 1
     while low < high:
@@ -174,9 +209,9 @@ def bisect(pool: str, linear: bool, seeds: Iterable[int], enough: Callable[[Run]
     return low
 
 
-def find(pool: str, linear: bool, seeds: Iterable[int]) -> Found:
+def find(pool: str, linear: bool, seeds: Iterable[int], demand: Demand = DEMAND) -> Found:
     """Both amounts for one pool and one kind of ring."""
     seeds = list(seeds)
-    most = worked_out(pool, linear)
-    serves = bisect(pool, linear, seeds, lambda each: each.served, most)
-    return Found(pool, linear, most, serves, bisect(pool, linear, seeds, lambda each: each.done, most))
+    most = worked_out(pool, linear, demand)
+    serves = bisect(pool, linear, seeds, lambda each: each.served, most, demand)
+    return Found(pool, linear, most, serves, bisect(pool, linear, seeds, lambda each: each.done, most, demand))

@@ -14,7 +14,9 @@ from click.testing import CliRunner
 from tests.daemon.running import environment
 from ustack.cli import main
 from ustack.lab.pressure.campaign import jobs_of, run_here, run_on_dask
+from ustack.lab.pressure.result import Job
 from ustack.lab.pressure.scenario import bundled, bundled_text
+from ustack.lab.pressure.virtual import run_virtual
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,3 +123,34 @@ def test_the_same_file_runs_on_a_tap_in_real_time(tmp_path: Path) -> None:
     ], done.stderr
     assert results[2]["wire"]["lost"] > 0
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("pool", ["nta", "page_frag"])
+def test_memory_is_not_full_as_long_as_others_still_get_some(pool: str) -> None:
+    """The first allocation that fails is one of several pages in a row: single ones are still there, and so is NBD's."""
+    text = """
+        about = "Blocked datagram sockets, and no reserve."
+        duration = 20
+
+        [memory]
+        size = "1M"
+        reserve = "off"
+
+        [udp]
+        mem_low = "4M"
+        mem_pressure = "4M"
+        mem_high = "4M"
+
+        [[traffic]]
+        kind = "udp_blocked"
+        count = 30
+        size = [1, 1472]
+        rate = 3000
+        rcvbuf = "1M"
+
+        [expect]
+        standstill = 2
+    """
+    result = run_virtual(Job("filling", text, pool, 1))
+    assert result["failed"] == []
+    assert result["nbd"]["done"] < 10

@@ -29,6 +29,9 @@ WANT_OF_MEMORY: Final = (DropReason.NOMEM, DropReason.PROTO_MEM, DropReason.MEM_
 FULL_CHECK: Final = 0.01
 """Seconds between two looks at whether an allocation has failed: one that fails tells nobody."""
 
+FULL_LOOKS: Final = 2
+"""Looks for which the memory in use must not have grown."""
+
 
 class Peer(Protocol):
     """The other end of the wire: the NBD server, whoever sends the traffic, and the wire itself with its faults."""
@@ -86,18 +89,34 @@ async def _attach(subject: Subject, host: str, port: int, scenario: Scenario) ->
 
 
 def _is_full(stack: Stack) -> bool:
-    """Whether somebody did not get memory: no page, or no place because there are too few pages, or too many are his."""
+    """Whether somebody did not get memory: no pages, or no place because there are too few pages, or too many are his."""
     return sum(stack.pages.failures) > 0 or any(stack.drops[reason] for reason in WANT_OF_MEMORY)
+
+
+async def _wait_until_full(stack: Stack, deadline: float) -> bool:
+    """Wait until somebody did not get memory and nobody else gets more than before; whether that was before `deadline`.
+
+    The first who gets none may have asked for several pages in a row, and the pool may have room for smaller packets still.
+    """
+    loop = asyncio.get_running_loop()
+    most = (-1, -1)
+    looks = 0
+    while looks < FULL_LOOKS:
+        if loop.time() >= deadline:
+            return False
+        await asyncio.sleep(FULL_CHECK)
+        if _is_full(stack):
+            before, most = most, (stack.pages.peak_used, stack.pool.stats.requested_peak)
+            looks = looks + 1 if most == before else 0
+    return True
 
 
 async def _work(scenario: Scenario, subject: Subject, work: DiskWork, deadline: float) -> Ending:
     loop = asyncio.get_running_loop()
     start = scenario.nbd.start
     if isinstance(start, str):
-        while not _is_full(subject.stack):
-            if loop.time() >= deadline:
-                return "never full"
-            await asyncio.sleep(FULL_CHECK)
+        if not await _wait_until_full(subject.stack, deadline):
+            return "never full"
     else:
         await asyncio.sleep(start)
     work.start()

@@ -120,7 +120,8 @@ class Memory(Section):
     size: Annotated[int, BeforeValidator(as_size), Field(ge=MEMORY_MIN)] = 2 << 20
     """Bytes of packet memory."""
     reserve: Annotated[Literal["auto", "off"] | int, BeforeValidator(_reserve)] = "auto"
-    """Bytes that only memalloc sockets may use; `auto`: as many as the requests of `[nbd]` need, `off`: none."""
+    """Bytes that only memalloc sockets may use; `auto`: as many as the requests of `[nbd]` need, `off`: none. When they need
+    more than half of `size`, the disk cannot be attached, and the run ends as `raised`."""
     parameters: dict[str, Annotated[Any, BeforeValidator(_parameter)]] = {}  # noqa: RUF012
     """Parameters of the pool, by the names that its class has, such as `lanes = 2`. For `nta`, `version` is `"v1"` or `"v2"`,
     or a table of constants that differ from those of v2."""
@@ -381,7 +382,7 @@ class Nbd(Section):
     """Share of the requests that read."""
     start: Annotated[float | Literal["full"], BeforeValidator(_start)] = "full"
     """When the work begins; `full`: as soon as an allocation has failed, or a frame was dropped for want of memory (`NOMEM`,
-    `PROTO_MEM`, `MEM_PRESSURE`)."""
+    `PROTO_MEM`, `MEM_PRESSURE`), and nobody has got more memory for 20 ms."""
     pause: Seconds = 0.0
     """Mean of the time between the end of a request and the next of the same worker, exponentially distributed."""
     request_timeout: PositiveSeconds = 30.0

@@ -3,14 +3,16 @@
 A memalloc connection with Q requests of up to B bytes has its worst moment either when all of them are writes that the peer
 has not acknowledged, or when all are reads whose answers came out of order behind one lost segment. So for each connection
 
-    pages = max(2 * TX, RX) + CTL
+    pages = max(TX, 2 * TX' + 1, RX)
 
-* TX: Q writes in the send queue, and one more of its buffers, because a buffer goes only when its last byte is acknowledged.
-  Nothing waits below the send queue: sending is synchronous. Twice, because a new request begins only while more than half is
-  free (`Reserve.may_begin`): what Q writes take is that half. A read takes its memory when the answer comes, so RX may be all.
-* RX: Q answers in the out-of-order queue, cut into segments of the path's MTU, as the receive ring keeps them.
-* CTL: what waits for the peer's address to be resolved (`RESERVE_FRAMES`). ARP itself, pure ACKs and window updates take no
-  memory.
+* TX: Q writes in the send queue, and one more of its buffers, because a buffer goes only when its last byte is acknowledged,
+  and may hold the first bytes of the next write by then.
+* TX': the same without the last write. Twice, because that one begins only while more than half is free
+  (`Reserve.may_begin`), so what the others take must be less than half. When there are no others it always begins.
+* RX: Q answers in the out-of-order queue, cut into segments of the path's MTU, as the receive ring keeps them. A read takes
+  its memory when the answer comes, so it may be all.
+* In each of them what waits for the peer's address to be resolved (`RESERVE_FRAMES`). Otherwise nothing waits below the send
+  queue: sending is synchronous. ARP itself, pure ACKs and window updates take no memory.
 
 A linear ring adds all its buffers, once for each device: any of them may be filled with what is for others, which is dropped,
 and the next one must be there. A paged ring is ordinary memory that stays posted, and nothing is allocated for a frame before
@@ -113,12 +115,16 @@ def budget(
     """
     sndbuf, send_pages = _sending(make_pool, demand, link, sndbuf_max)
     rcvbuf, receive_pages = _receiving(make_pool, demand, link, rcvbuf_max)
-    return Budget(sndbuf, rcvbuf, max(2 * send_pages, receive_pages) + _control(make_pool, link))
+    pages = max(send_pages, receive_pages)
+    if demand.queue_depth > 1:
+        others = Demand(demand.queue_depth - 1, demand.request_size)
+        pages = max(pages, 2 * _sending(make_pool, others, link, sndbuf_max)[1] + 1)
+    return Budget(sndbuf, rcvbuf, pages)
 
 
 def _sending(make_pool: Callable[[PageAllocator], Pool], demand: Demand, link: Link, limit: int) -> tuple[int, int]:
     size = demand.queue_depth * (demand.request_size + REQUEST_HEADER)
-    scratch = _Scratch(make_pool, min(size, limit) + (1 << 16))
+    scratch = _Scratch(make_pool, min(size, limit) + (1 << 16) + RESERVE_FRAMES * PAGE_SIZE)
     protocol = ProtocolMemory(scratch.pages, (scratch.pages.pages,) * 3, 0, 0)
     queue = SendQueue(scratch.memory, SocketMemory(protocol, Account("receive"), None, None), 1)
     mss = link.mtu - HEADERS
@@ -128,13 +134,14 @@ def _sending(make_pool: Callable[[PageAllocator], Pool], demand: Demand, link: L
         if queue.append(header, limit, MEMALLOC) + queue.append(data, limit, MEMALLOC) < len(header) + len(data):
             break
     sndbuf = queue.account.bytes
-    queue.append(memoryview(bytes(queue.goal)), limit + (1 << 17), MEMALLOC)
+    queue.append(data[: queue.goal], limit + (1 << 17), MEMALLOC)
+    _wait_for_address(scratch.memory, link)
     return sndbuf, scratch.used()
 
 
 def _receiving(make_pool: Callable[[PageAllocator], Pool], demand: Demand, link: Link, limit: int) -> tuple[int, int]:
     size = demand.queue_depth * (demand.request_size + REPLY_HEADER)
-    scratch = _Scratch(make_pool, min(size, limit) + 64 * (link.mtu + PAGE_SIZE))
+    scratch = _Scratch(make_pool, min(size, limit) + (64 + RESERVE_FRAMES) * (link.mtu + PAGE_SIZE))
     ring = scratch.ring(link)
     before = scratch.used()
     mss = link.mtu - HEADERS
@@ -151,11 +158,10 @@ def _receiving(make_pool: Callable[[PageAllocator], Pool], demand: Demand, link:
         if account.bytes >= limit:
             break
     ring.ready()
+    _wait_for_address(scratch.memory, link)
     return account.bytes, scratch.used() - before
 
 
-def _control(make_pool: Callable[[PageAllocator], Pool], link: Link) -> int:
-    scratch = _Scratch(make_pool, RESERVE_FRAMES * PAGE_SIZE)
+def _wait_for_address(memory: SkbMemory, link: Link) -> None:
     for _ in range(RESERVE_FRAMES):
-        scratch.memory.alloc(min(link.mtu + ETH_HLEN, PAGE_SIZE), MEMALLOC)
-    return scratch.used()
+        memory.alloc(min(link.mtu + ETH_HLEN, PAGE_SIZE), MEMALLOC)
