@@ -149,7 +149,7 @@ def run(
     demand: Demand = DEMAND,
 ) -> Run:
     """Do so many `requests` on a disk with a reserve of `pages`, while a crowd holds everything else."""
-    depth, size = demand
+    depth, size = demand.queue_depth, demand.request_size
     disk_size = 8 * depth * size
     name, options = POOLS[pool]
     memory = max(MEMORY, SHARE * worked_out(pool, linear, demand) << PAGE_SHIFT)
