@@ -6,13 +6,15 @@ VENV ?= .venv
 JOBS ?= auto
 # Seeds for each test of the simulator in `make soak`.
 SEEDS ?= 10000
+# Frames in `make fuzz`.
+FRAMES ?= 10000000
 # More arguments for pytest, e.g. make test ARGS='-k handshake -x'
 ARGS ?=
 
 PYTHONS := $(wildcard pools ustack tests tools)
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help setup compile run test lint format bench soak pressure swap golden docs clean
+.PHONY: help setup compile run test lint format bench soak pressure swap fuzz golden docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -56,6 +58,9 @@ pressure: setup ## every scenario of the pressure lab with a thousand seeds, in 
 swap: setup ## real swap on this machine over each pool, ten times, broken on purpose and verified; needs root
 	@tools/install-system-packages
 	@$(VENV)/bin/python -m tools.swaplab host --runs 10
+
+fuzz: setup ## FRAMES frames that no good host sends, to stacks with connections (ten million unless told otherwise)
+	@$(VENV)/bin/python -m tests.fuzz --frames $(FRAMES)
 
 golden: setup ## docs/reference/throughput.md: throughput over a simulated wire by loss, delay and buffer
 	@$(VENV)/bin/python tools/golden_table.py
