@@ -7,20 +7,25 @@ import errno
 import random
 import ssl
 import subprocess
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.nbd import wire
 from tests.nbd.servers import MIB, scripted
-from tests.nbd.test_interop import nbdkit
-from tests.needs import require_tool
+from tests.nbd.test_interop import activated, free_port, nbdkit
+from tests.needs import extended_qemu_nbd, require_tool
 from ustack import nbd
 from ustack.nbd.connection import Connection
 from ustack.nbd.tls import TlsSettings, settings_for
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
+
+    from tests.nbd.test_interop import Running
 
 STARTTLS = 5
 
@@ -63,6 +68,65 @@ async def test_a_disk_is_written_and_read_through_tls(certificates: Path, tmp_pa
         assert await disk.pread(3 * MIB, 4096) == content
         listed = await nbd.list_exports(secure(uri, f"tls-certificates={certificates}"))
         assert listed[0].info is not None
+
+
+@asynccontextmanager
+async def nbd_server_with_tls(folder: Path, certificates: Path) -> AsyncIterator[Running]:
+    """nbd-server, which speaks TLS only over TCP, and nothing else then."""
+    port = free_port()
+    generic = f"[generic]\nlistenaddr = 127.0.0.1\nport = {port}\nforce_tls = true\ncacertfile = {certificates}/ca-cert.pem\n"
+    files = f"certfile = {certificates}/server-cert.pem\nkeyfile = {certificates}/server-key.pem\n"
+    (folder / "config").write_text(generic + files + f"[disk]\nexportname = {folder / 'image'}\nflush = true\n")
+    server = subprocess.Popen([require_tool("nbd-server"), "-d", "-C", str(folder / "config")])
+    try:
+        async with asyncio.timeout(20):
+            while not listens(port):
+                assert server.poll() is None, "nbd-server has ended"
+                await asyncio.sleep(0.02)
+        yield f"nbds://127.0.0.1:{port}/disk", server
+    finally:
+        server.kill()
+        server.wait()
+
+
+def listens(port: int) -> bool:
+    """Somebody listens there, as /proc tells: who connected to see would be the one client that nbd-server -d serves."""
+    wanted = f"0100007F:{port:04X}"
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(line[1] == wanted and line[3] == "0A" for line in lines)
+
+
+def qemu_nbd_with_tls(folder: Path, certificates: Path, program: str = "qemu-nbd") -> AbstractAsyncContextManager[Running]:
+    """qemu-nbd, which checks our certificate too."""
+    credentials = f"tls-creds-x509,id=t,dir={certificates},endpoint=server,verify-peer=on"
+    image = str(folder / "image")
+    return activated(folder, program, "-t", "-f", "raw", "--object", credentials, "--tls-creds", "t", image)
+
+
+def newer_qemu_nbd_with_tls(folder: Path, certificates: Path) -> AbstractAsyncContextManager[Running]:
+    """The one with extended headers."""
+    return qemu_nbd_with_tls(folder, certificates, extended_qemu_nbd())
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("server", [qemu_nbd_with_tls, newer_qemu_nbd_with_tls, nbd_server_with_tls])
+async def test_other_servers_speak_tls_with_us_too(
+    server: Callable[[Path, Path], AbstractAsyncContextManager[Running]], certificates: Path, tmp_path: Path
+) -> None:
+    content = random.Random(6).randbytes(MIB)
+    (tmp_path / "image").write_bytes(bytes(2 * MIB))
+    async with server(tmp_path, certificates) as (uri, _):
+        parameters = [f"tls-certificates={certificates}", "tls-hostname=localhost"]
+        wanted = "&".join([uri.replace("nbd+unix:", "nbds+unix:") + ("" if "?" in uri else "?x-=1"), *parameters])
+        async with nbd.connect(wanted) as disk:
+            assert disk.tls
+            await disk.pwrite(content, 4096)
+            await disk.flush()
+            parts = await asyncio.gather(*(disk.pread(65536, 4096 + 65536 * n) for n in range(16)))
+            assert b"".join(parts) == content
+            if disk.can_block_status:
+                assert sum(extent.length for extent in await disk.block_status(2 * MIB, 0)) == 2 * MIB
+    assert (tmp_path / "image").read_bytes()[4096 : 4096 + MIB] == content
 
 
 @pytest.mark.e2e
