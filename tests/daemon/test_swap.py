@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -61,6 +61,11 @@ def ours(device: str) -> bool:
     return backing.exists() and "/pytest-" in backing.read_text()
 
 
+async def report(daemon: RunningDaemon) -> dict[str, Any]:
+    """What the daemon says of its disk."""
+    return dict((await asyncio.to_thread(call, str(daemon.control), "status"))["nbd"][0])
+
+
 def detach(control: str, name: str) -> None:
     """The call `detach` of the daemon."""
     with Control(control) as connection:
@@ -68,7 +73,8 @@ def detach(control: str, name: str) -> None:
 
 
 async def test_from_a_uri_to_swap_that_is_used_and_back(netns: Namespace, tmp_path: Path) -> None:
-    server, port = await listen(netns, Storage(DISK))
+    storage = Storage(DISK)
+    server, port = await listen(netns, storage)
     uri = f"nbd://{KERNEL}:{port}/"
     with RunningDaemon(
         netns, tmp_path, '[arm]\nenabled = true\nstock = "4M"\nwatchdog = 0\n[memory]\nsize = "32M"\n'
@@ -87,12 +93,18 @@ async def test_from_a_uri_to_swap_that_is_used_and_back(netns: Namespace, tmp_pa
             try:
                 script = 'echo $$ > "$0" && exec "$@"'
                 hog = (sys.executable, HOG, "32", "1", "1")
-                done = await run("/bin/sh", "-c", script, group / "cgroup.procs", *hog)
+                running = asyncio.create_task(run("/bin/sh", "-c", script, group / "cgroup.procs", *hog))
+                # Its server is killed and comes back while pages are on it.
+                while not running.done() and (await report(daemon))["fuse"]["writes"] < 200:
+                    await asyncio.sleep(0.02)
+                await server.close()
+                server, _ = await listen(netns, storage, port)
+                done = await running
             finally:
                 remove_cgroup(group)
             assert json.loads(done.stdout.splitlines()[-1]) == {"verified": 32 * 256}, done
-            disk = (await asyncio.to_thread(call, str(daemon.control), "status"))["nbd"][0]
-            assert disk["fuse"]["writes"] > 0
+            disk = await report(daemon)
+            assert disk["counters"]["lost"] == 1
             assert disk["fuse"]["errors"] == 0
 
             text = (await daemon.ustack("swap", "status")).stdout.decode()
