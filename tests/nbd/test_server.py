@@ -148,6 +148,16 @@ async def test_a_socket_that_is_bound_already_is_as_good() -> None:
     await server.close()
 
 
+async def test_tcp_finds_out_when_an_idle_client_is_gone() -> None:
+    server = NbdServer([MemoryExport(MIB)])
+    async with nbd.connect(f"nbd://127.0.0.1:{await server.listen_tcp()}/"):
+        (connection,) = server._connections
+        sock = connection._transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+    await server.close()
+
+
 async def test_closing_the_server_drops_its_clients() -> None:
     server = NbdServer([MemoryExport(MIB)])
     port = await server.listen_tcp()

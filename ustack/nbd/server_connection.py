@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 import ssl
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
     from ustack.nbd.server import NbdServer
     from ustack.nbd.server_transmission import Command
 
+KEEPALIVE_IDLE: Final = 60
+"""Seconds of silence before TCP asks a client whether it is still there,"""
+KEEPALIVE_INTERVAL: Final = 15
+"""seconds between two such questions,"""
+KEEPALIVE_PROBES: Final = 4
+"""and how many remain without an answer until it counts as gone: two minutes in all."""
 HANDSHAKE_TIMEOUT: Final = 30.0
 """Seconds that a client may take to choose an export."""
 STALL_TIMEOUT: Final = 120.0
@@ -97,6 +104,8 @@ class ServerConnection(asyncio.BufferedProtocol):
         """Greet the client, if there is room for it."""
         self._transport = self._writer = transport
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        if isinstance(transport.get_extra_info("peername"), tuple):
+            _keep_alive(transport.get_extra_info("socket"))
         if not self._server.admit(self):
             self.drop()
         elif self._handshake is not None:
@@ -385,6 +394,16 @@ class ServerConnection(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._out.append(piece)
             self._out_bytes += len(piece)
+
+
+def _keep_alive(sock: Any) -> None:
+    """Let TCP find out by itself when an idle client's machine is gone: its place is another's then."""
+    tcp = socket.IPPROTO_TCP
+    sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(tcp, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+    sock.setsockopt(tcp, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+    sock.setsockopt(tcp, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
 
 
 def _data_of(command: Command) -> int:
