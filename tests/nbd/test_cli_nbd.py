@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import shlex
@@ -18,6 +19,7 @@ from tests.nbd.test_tls import certificates
 from tests.needs import require_tool
 from ustack.cli.nbd import nbd
 from ustack.cli.nbd_options import human_size
+from ustack.nbd import connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,6 +154,42 @@ def test_serve_forwards_to_another_server_and_to_a_file_at_once(tmp_path: Path) 
         ustack_nbd("copy", uri, str(tmp_path / "back"))
         assert (tmp_path / "back").read_bytes()[: 1 << 20] == (tmp_path / "image").read_bytes()
         assert "export-size: 1048576" in ustack_nbd("info", f"nbd+unix:///image?socket={front}").stdout
+
+
+async def read_from(uri: str) -> None:
+    """Wait for some bytes of it."""
+    async with connect(uri, dead_after=0) as disk:
+        await disk.pread(512, 0)
+
+
+def test_serve_ends_with_the_reason_when_a_disk_is_given_up(tmp_path: Path) -> None:
+    far = subprocess.Popen(
+        [sys.executable, "-c", SERVE, "--memory", "1M", "--unix", str(tmp_path / "far")], stdout=subprocess.PIPE, text=True
+    )
+    assert far.stdout is not None
+    uri = far.stdout.readline().split("\t")[0]
+    near = subprocess.Popen(
+        [sys.executable, "-c", SERVE, uri, "--unix", str(tmp_path / "near"), "--dead-after", "0.05"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert near.stdout is not None
+        assert near.stderr is not None
+        near.stdout.readline()
+        far.kill()
+        far.wait()
+        front = f"nbd+unix:///memory?socket={tmp_path}/near"
+        ustack_nbd("info", front)  # as long as nobody waits for it, it may be away
+        with pytest.raises(OSError, match=r"lost|closed|disk"):
+            asyncio.run(read_from(front))
+        assert near.wait(20) == 1
+        assert "the server is dead" in near.stderr.read()
+    finally:
+        for program in (far, near):
+            program.kill()
+            program.communicate()
 
 
 def test_serve_with_certificates_requires_tls(certificates: Path, tmp_path: Path) -> None:

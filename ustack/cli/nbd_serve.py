@@ -110,7 +110,6 @@ def serve(**options: Any) -> None:
 
 
 async def _serve(wanted: _Wanted) -> None:
-    from ustack.cli.signals import until_signal
     from ustack.nbd.server import inherited_sockets
 
     inherited = inherited_sockets()
@@ -123,12 +122,30 @@ async def _serve(wanted: _Wanted) -> None:
             for export in exports:
                 click.echo(f"{_uri_of(uri, export.info.name)}\t{human_size(export.info.size)}")
             sys.stdout.flush()
-            await until_signal()
+            await _until_over(disks)
         finally:
             await server.close()
     finally:
         for disk in disks:
             await disk.close()
+
+
+async def _until_over(disks: list[NbdClient]) -> None:
+    """Wait to be told to stop. Raises OSError when a disk is given up, since there is nothing to serve then."""
+    import asyncio
+
+    from ustack.cli.signals import until_signal
+
+    told = asyncio.ensure_future(until_signal())
+    lost = [asyncio.ensure_future(disk.wait_lost()) for disk in disks]
+    try:
+        await asyncio.wait((told, *lost), return_when=asyncio.FIRST_COMPLETED)
+        for each in lost:
+            if each.done():
+                raise each.result()
+    finally:
+        for waiting in (told, *lost):
+            waiting.cancel()
 
 
 def _server(wanted: _Wanted, exports: list[Export]) -> NbdServer:
