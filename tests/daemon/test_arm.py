@@ -8,12 +8,14 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.daemon.running import KERNEL, RunningDaemon
+from tests.daemon.running import KERNEL, RunningDaemon, environment
 from tests.daemon.test_fuse import SIZE, Storage, attached, listen
 from tests.needs import require_path
 from ustack.cli.control import call
@@ -120,6 +122,39 @@ async def test_the_watchdog_speaks_when_requests_are_stuck_and_when_the_daemon_i
         finally:
             daemon.program.send_signal(signal.SIGCONT)
     await server.close()
+
+
+SPINS = """
+import asyncio, os, time, uvloop
+from ustack.daemon import arm
+from ustack.daemon.config import Arm
+
+async def main():
+    arm.DEMOTED_FOR = 0.2
+    arming = arm.Arming(Arm(stock=1 << 20))
+    arming.lock(bool)
+    print(policy())
+    until = time.monotonic() + 20
+    while not arming.demotions and time.monotonic() < until:
+        pass
+    print(arming.demotions, policy())
+    while not policy() and time.monotonic() < until:
+        await asyncio.sleep(0.05)
+    print(policy())
+    arming.disarm()
+    print(policy())
+
+def policy():
+    return os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK
+
+uvloop.run(main())
+"""
+
+
+def test_a_process_that_spins_loses_its_priority_for_a_while() -> None:
+    done = subprocess.run([sys.executable, "-c", SPINS], env=environment(), capture_output=True, timeout=60, check=False)
+    fifo, other = os.SCHED_FIFO, os.SCHED_OTHER
+    assert done.stdout.decode().split() == list(map(str, [fifo, 1, other, fifo, other])), done
 
 
 def test_the_stack_is_there_before_it_is_needed() -> None:

@@ -177,9 +177,13 @@ class Daemon:
             except OSError as error:
                 arming.missing.append(f"no watchdog: {error.strerror}")
             self._beat()
-        arming.lock(lambda: any(each.fuse is not None and each.fuse.in_flight for each in self._attachments.values()))
+        arming.lock(self._busy)
         for missing in arming.missing:
             log.warning("not armed in full: %s", missing)
+
+    def _busy(self) -> bool:
+        """Somebody waits for a disk."""
+        return any(each.client is not None and each.client.requests_in_flight for each in self._attachments.values())
 
     def _beat(self) -> None:
         """Tell the watchdog that we are alive, and how things are."""

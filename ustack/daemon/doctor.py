@@ -5,7 +5,6 @@ Every check looks at the machine or the process as it is now, not at what was on
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import resource
@@ -169,11 +168,11 @@ def export_checks(exports: Iterable[tuple[str, str]]) -> Iterator[Check]:
 def is_local(host: str) -> bool:
     """Whether `host` is an address of this machine, in the network namespace that we are in."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.bind((host, 0))
-        except OSError as error:
-            return error.errno != errno.EADDRNOTAVAIL
+    except OSError:  # only an address of ours can be bound
+        return False
     return True
 
 
