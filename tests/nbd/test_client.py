@@ -14,6 +14,7 @@ import pytest
 from tests.nbd import wire
 from tests.nbd.servers import MIB, scripted, serving
 from ustack import nbd
+from ustack.nbd import strict
 from ustack.nbd.client import NbdClient
 from ustack.nbd.connection import Connection
 from ustack.nbd.export import MemoryExport
@@ -457,3 +458,57 @@ async def test_info_without_use() -> None:
     described = next(event for event in connection.negotiation if isinstance(event, ExportDescribed))
     assert described.info.size == 4 * MIB
     assert connection.negotiation[-1] == Aborted()
+
+
+@pytest.mark.parametrize(
+    ("rule", "call", "sent"),
+    [
+        (strict.STRICT_BOUNDS, lambda disk: disk.pread(512, 4096), wire.request(wire.READ, 1, 4096, 512)),
+        (strict.STRICT_ALIGN, lambda disk: disk.pread(100, 1), wire.request(wire.READ, 1, 1, 100)),
+        (strict.STRICT_ZERO_SIZE, lambda disk: disk.trim(0, 0), wire.request(wire.CMD_TRIM, 1)),
+        (strict.STRICT_COMMANDS, lambda disk: disk.cache(512, 0), wire.request(wire.CMD_CACHE, 1, 0, 512)),
+        (strict.STRICT_COMMANDS, lambda disk: disk.flush(), wire.request(wire.CMD_FLUSH, 1)),
+        (strict.STRICT_FLAGS, lambda disk: disk.zero(512, 0, fast=True), wire.request(wire.WRITE_ZEROES, 1, 0, 512, 16)),
+        (strict.STRICT_PAYLOAD, lambda disk: disk.pread(2048, 0), wire.request(wire.READ, 1, 0, 2048)),
+    ],
+)
+async def test_a_rule_that_is_switched_off_leaves_the_last_word_to_the_server(
+    rule: int, call: Callable[[NbdClient], Awaitable[Any]], sent: bytes
+) -> None:
+    flags = wire.HAS_FLAGS | wire.TRIM | wire.ZEROES
+    negotiation = wire.negotiation(4096, flags, blocks=(512, 1024, 1024))[18:]
+    steps = (*STEPS[:2], negotiation, GO_REQUEST - 20, 28, wire.error(1, 22, b"I told you so"))
+    async with (
+        scripted(*steps, then_close=False) as (connector, heard),
+        await NbdClient.open(connector, dead_after=0, strict=strict.STRICT & ~rule) as disk,
+    ):
+        with pytest.raises(OSError, match="I told you so"):
+            await call(disk)
+    assert heard[GO_REQUEST:].startswith(sent)
+
+
+async def test_what_fits_no_header_is_refused_even_without_any_rule() -> None:
+    async with (
+        scripted(*STEPS, 28, then_close=False) as (connector, _),
+        await NbdClient.open(connector, dead_after=0, strict=0) as disk,
+    ):
+        for offset, code in ((1 << 63, errno.EOVERFLOW), (-1, errno.EINVAL)):
+            with pytest.raises(OSError, match="NBD_CMD_TRIM") as caught:
+                await disk.trim(512, offset)
+            assert caught.value.errno == code
+
+
+async def test_a_read_that_failed_somewhere_says_how_much_of_it_is_good() -> None:
+    reply = wire.data(1, 1024, b"x" * 512) + wire.error(1, 5, b"scratch", wire.DONE, offset=1324)
+    async with (
+        scripted(*STEPS, 28, reply, 28, wire.error(2, 5, b"void"), then_close=False) as (connector, _),
+        await NbdClient.open(connector, dead_after=0) as disk,
+    ):
+        memory = bytearray(1024)
+        with pytest.raises(nbd.NbdReadError, match="scratch") as caught:
+            await disk.pread_into(memory, 1024)
+        assert (caught.value.errno, caught.value.valid_bytes) == (errno.EIO, 300)
+        assert memory[:300] == b"x" * 300
+        with pytest.raises(OSError, match="void") as other:
+            await disk.pread(512, 0)
+        assert not isinstance(other.value, nbd.NbdReadError)

@@ -253,6 +253,16 @@ async def test_an_export_that_is_not_the_same_any_more_is_not_written_to(again: 
     assert len(heard[1]) <= GO_REQUEST
 
 
+async def test_a_server_that_can_do_more_than_before_is_welcome() -> None:
+    before, after = wire.HAS_FLAGS | wire.FLUSH, wire.HAS_FLAGS | wire.FLUSH | wire.TRIM | wire.CACHE
+    async with (
+        acts([*opening(flags=before), 28], [*opening(flags=after), 28, wire.none(1)]) as (connector, _),
+        await NbdClient.open(connector) as disk,
+    ):
+        await disk.flush()
+        assert disk.counters()["outages"] == 1
+
+
 async def test_eshutdown_means_wait_for_the_next_server() -> None:
     async with (
         acts([*opening(), 28, wire.error(1, 108), 28], [*opening(), 28, wire.data(1, 0, b"x", wire.DONE)]) as (

@@ -6,9 +6,9 @@ sent again, oldest first, on the next connection there is. What that keeps:
 * Writes that overlap are never in flight together (`write_order.py`), so a write that is sent again cannot undo a newer one.
 * A flush covers every write that was answered before it was called, also when it is sent again: NBD_FLAG_CAN_MULTI_CONN,
   without which there is only one connection, says that one connection's flush covers the others' writes.
-* After an outage the export must be the same: size, flags, block sizes; otherwise everybody fails with ESTALE. Data that was
-  answered but not flushed is sampled (`unflushed.py`); when the server has lost it, the next flush fails with EIO, once, as
-  after fsync(2), and `on_event` hears of it.
+* After an outage the export must be the same: size, what it can do, block sizes; otherwise everybody fails with ESTALE. Data
+  that was answered but not flushed is sampled (`unflushed.py`); when the server has lost it, the next flush fails with EIO,
+  once, as after fsync(2), and `on_event` hears of it.
 * Nothing is copied or piles up: the data of a write stays in its caller's memory, and no more requests than fit wait here.
 
 What no client can keep: requests that a server has read but not done when the link is cut may be done later, after newer ones
@@ -31,7 +31,14 @@ from ustack.nbd.admission import Admission
 from ustack.nbd.cache_check import lost_samples
 from ustack.nbd.call import CHANGES, Call
 from ustack.nbd.connection import CLOSE_TIMEOUT, CONNECT_TIMEOUT, REQUEST_TIMEOUT, Connection, Connector
-from ustack.nbd.constants import BASE_ALLOCATION, COMMAND_NAMES, NBD_CMD_FLUSH, NBD_ESHUTDOWN, WIRE_TO_ERRNO
+from ustack.nbd.constants import (
+    BASE_ALLOCATION,
+    COMMAND_NAMES,
+    NBD_CMD_FLUSH,
+    NBD_ESHUTDOWN,
+    NBD_FLAG_ROTATIONAL,
+    WIRE_TO_ERRNO,
+)
 from ustack.nbd.errors import NbdProtocolError, NbdReadError, describe_errno
 from ustack.nbd.handshake import Wishes
 from ustack.nbd.reconnection import Reconnection, Way
@@ -455,12 +462,17 @@ class Session:
             self._tell("attached", None)
 
     def _differences(self, connection: Connection) -> str:
-        """How an export is not what it was, in words; empty when it is. What the server can do beyond does not matter."""
+        """How an export is not what it was, in words; empty when it is. What it can do beyond does not matter."""
+        before, now = self.info, connection.info
         found = []
-        for name in ("size", "flags", "minimum_block", "preferred_block", "maximum_payload"):
-            old, new = getattr(self.info, name), getattr(connection.info, name)
-            if old != new:
-                found.append(f"{name} was {old:#x} and is {new:#x}" if name == "flags" else f"{name} was {old} and is {new}")
+        if now.size != before.size:
+            found.append(f"size was {before.size} and is {now.size}")
+        if before.flags & ~now.flags & ~NBD_FLAG_ROTATIONAL or now.read_only != before.read_only:
+            found.append(f"flags was {before.flags:#x} and is {now.flags:#x}")
+        if now.minimum_block > before.minimum_block:
+            found.append(f"minimum_block was {before.minimum_block} and is {now.minimum_block}")
+        if now.maximum_payload < before.maximum_payload:
+            found.append(f"maximum_payload was {before.maximum_payload} and is {now.maximum_payload}")
         if self.extended_headers and not connection.extended_headers:
             found.append("it has no extended headers any more")
         found += [f"metadata context {name!r} is missing" for name in sorted(self.contexts - connection.contexts)]
