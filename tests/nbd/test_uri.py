@@ -22,6 +22,7 @@ from ustack.nbd.uri import NbdUri
         ("nbd://example.com/a+b%2fc/%C3%A4", NbdUri(host="example.com", export="a+b/c/ä")),
         ("nbd:///disk", NbdUri(host="localhost", export="disk")),
         ("nbd://[2001:db8::1]:20/x", NbdUri(host="2001:db8::1", port=20, export="x")),
+        ("nbd://[fe80::1%25tap0]/", NbdUri(host="fe80::1%tap0")),
         ("nbd://alice@10.0.0.1:1/", NbdUri(host="10.0.0.1", port=1, username="alice")),
         ("nbd+unix:///disk?socket=sock", NbdUri("nbd+unix", export="disk", socket="sock")),
         ("nbd+unix:///?socket=%00/abstract", NbdUri("nbd+unix", socket="\0/abstract")),
@@ -81,7 +82,7 @@ NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 @given(NAMES, st.integers(1, 65535), st.none() | NAMES.filter(bool), st.none() | NAMES)
 def test_a_uri_survives_the_way_into_text_and_back(export: str, port: int, socket: str | None, username: str | None) -> None:
     if socket is None:
-        uri = NbdUri(host="fe80::1", port=port, export=export, username=username)
+        uri = NbdUri(host="fe80::1%be0", port=port, export=export, username=username)
     else:
         uri = NbdUri("nbd+unix", export=export, socket=socket, username=username, tls_hostname="x&y")
     assert NbdUri.parse(str(uri)) == uri

@@ -53,7 +53,7 @@ class NbdUri:
             authority = user
             query.append(f"socket={quote(self.socket)}")
         else:
-            host = f"[{self.host}]" if ":" in self.host else quote(self.host)
+            host = f"[{self.host.replace('%', '%25')}]" if ":" in self.host else quote(self.host)
             authority = f"{user}{host}" + (f":{self.port}" if self.port != NBD_DEFAULT_PORT else "")
         if self.tls_type is not None:
             query.append(f"tls-type={self.tls_type}")
