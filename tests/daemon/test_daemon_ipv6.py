@@ -49,11 +49,6 @@ def daemon(netns: Namespace, tmp_path: Path) -> Iterator[RunningDaemon]:
         yield daemon
 
 
-async def test_the_echo_service_answers_over_ipv6(daemon: RunningDaemon) -> None:
-    assert (await ping(daemon.namespace, OURS6)).received >= 3
-    assert await nc(daemon.namespace, OURS6, 7, DATA) == DATA
-
-
 async def test_commands_take_ipv6_addresses(daemon: RunningDaemon) -> None:
     for host in (KERNEL6, OURS6, OURS_TAGGED, "::1", "127.0.0.1"):
         pinged = (await daemon.ustack("ping", "-c", "2", "-i", "0.01", host)).stdout.decode()
@@ -78,7 +73,9 @@ async def test_commands_take_ipv6_addresses(daemon: RunningDaemon) -> None:
     assert re.search(r"udp   UNCONN 0 +0 +\*:7 +\*:\*", listening)
 
 
-async def test_status_shows_addresses_links_and_routes(daemon: RunningDaemon) -> None:
+async def test_the_echo_service_answers_and_status_shows_addresses_links_and_routes(daemon: RunningDaemon) -> None:
+    assert (await ping(daemon.namespace, OURS6)).received >= 3
+    assert await nc(daemon.namespace, OURS6, 7, DATA) == DATA
     report = json.loads((await daemon.ustack("status", "--json")).stdout)
     plain, tagged = report["devices"]
     assert {"address": f"{OURS6}/64", "state": "preferred"} in plain["addresses"]
