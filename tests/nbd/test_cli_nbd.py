@@ -110,6 +110,16 @@ def test_bench_measures_and_writes_only_when_told_to() -> None:
         assert "leaves no block" in ustack_nbd("bench", "--bs", "16M", uri, status=2).stderr
 
 
+def test_servers_that_are_too_old_to_be_asked_are_used_for_a_moment() -> None:
+    program = "import sys; from ustack.cli.nbd import nbd; nbd([*sys.argv[1:]])"
+    for options, words in (("--mask-handshake=0", "newstyle without"), ("--no-sr", "newstyle-fixed without")):
+        looking = shlex.join([sys.executable, "-c", program, "info"]) + " $uri"
+        command = [require_tool("nbdkit"), "-U", "-", options, "memory", "1M", "--run", looking]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert result.stdout.startswith(f"protocol: {words} TLS, using simple packets\n")
+        assert "export-size: 1048576 (1M)" in result.stdout
+
+
 def test_a_failed_copy_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(random.Random(3).randbytes(1 << 20))
     old = tmp_path / "old"

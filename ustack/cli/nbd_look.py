@@ -93,6 +93,10 @@ def _print(uri: NbdUri, report: ServerReport, as_json: bool) -> None:
         _print_text(uri, report)
 
 
+def _protocol(report: ServerReport) -> str:
+    return "newstyle-fixed" if report.fixed_newstyle else "newstyle"
+
+
 def _print_json(uri: NbdUri, report: ServerReport) -> None:
     import json
 
@@ -110,7 +114,7 @@ def _print_json(uri: NbdUri, report: ServerReport) -> None:
             entry |= {"export-size": export.info.size, "export-size-str": human_size(export.info.size)}
         entries.append(entry)
     header = {
-        "protocol": "newstyle-fixed",
+        "protocol": _protocol(report),
         "TLS": report.tls,
         "structured": report.structured_replies,
         "extended": report.extended_headers,
@@ -120,7 +124,7 @@ def _print_json(uri: NbdUri, report: ServerReport) -> None:
 
 def _print_text(uri: NbdUri, report: ServerReport) -> None:
     packets = "extended" if report.extended_headers else "structured" if report.structured_replies else "simple"
-    click.echo(f"protocol: newstyle-fixed {'with' if report.tls else 'without'} TLS, using {packets} packets")
+    click.echo(f"protocol: {_protocol(report)} {'with' if report.tls else 'without'} TLS, using {packets} packets")
     for export in report.exports:
         click.echo(f'export="{export.name}":')
         description = export.description or (export.info.description if export.info else None)

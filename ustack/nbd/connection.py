@@ -88,6 +88,7 @@ class Connection(asyncio.BufferedProtocol):
         """While requests wait, something must be answered every `request_timeout` seconds (None: whenever the server likes), or
         the connection is given up. With `tls` there is TLS or no connection. ValueError for an impossible name."""
         self.info = ExportInfo(export, 0)
+        self.fixed_newstyle = False
         self.structured_replies = False
         self.extended_headers = False
         self.contexts: frozenset[str] = frozenset()
@@ -417,6 +418,7 @@ class Connection(asyncio.BufferedProtocol):
         out = self._handshake.data_to_send()
         if out:
             self._transport.write(out)
+        self.fixed_newstyle = self._handshake.fixed
         self.structured_replies, self.extended_headers = self._handshake.structured, self._handshake.extended
         last = self.negotiation[-1] if self.negotiation else None
         if isinstance(last, Negotiated):

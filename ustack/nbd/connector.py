@@ -48,6 +48,7 @@ class ServerReport:
     """What a server says without being used: how it talks, and what it exports."""
 
     exports: list[ExportEntry]
+    fixed_newstyle: bool
     structured_replies: bool
     extended_headers: bool
     tls: bool
@@ -143,4 +144,10 @@ async def ask_server(
             entries[event.info.name] = replace(known, info=event.info)
         elif isinstance(event, ContextsListed):
             entries[event.export] = replace(entries[event.export], contexts=event.names)
-    return ServerReport(list(entries.values()), connection.structured_replies, connection.extended_headers, connection.tls)
+    return ServerReport(
+        list(entries.values()),
+        connection.fixed_newstyle,
+        connection.structured_replies,
+        connection.extended_headers,
+        connection.tls,
+    )

@@ -174,6 +174,7 @@ class ClientHandshake:
         "contexts",
         "export",
         "extended",
+        "fixed",
         "purpose",
         "structured",
         "waiting_for",
@@ -191,6 +192,8 @@ class ClientHandshake:
         self.structured = False
         """Replies come in chunks: structured replies or extended headers were negotiated."""
         self.extended = False
+        self.fixed = False
+        """The server speaks fixed newstyle, so options can be refused."""
         self.contexts: dict[str, int] = {}
         self._wishes = wishes
         self._buffer = bytearray()
@@ -255,7 +258,7 @@ class ClientHandshake:
         if version != IHAVEOPT:
             raise NbdProtocolError(f"unknown style of negotiation {version:#018x}")
         (flags,) = struct.unpack(">H", (yield 2))
-        fixed = bool(flags & NBD_FLAG_FIXED_NEWSTYLE)
+        self.fixed = fixed = bool(flags & NBD_FLAG_FIXED_NEWSTYLE)
         no_zeroes = bool(flags & NBD_FLAG_NO_ZEROES)
         self._out += struct.pack(">I", (NBD_FLAG_C_FIXED_NEWSTYLE if fixed else 0) | (NBD_FLAG_C_NO_ZEROES if no_zeroes else 0))
         if self._tls:
