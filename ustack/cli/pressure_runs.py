@@ -41,6 +41,7 @@ def run(
     """
     from pools.base import names
     from ustack.lab.pressure.campaign import jobs_of
+    from ustack.lab.pressure.scenario import check_parameters
 
     for pool in pools:
         if pool not in names():
@@ -50,6 +51,11 @@ def run(
     numbers = range(seeds) if seed is None else [seed]
     todo: list[Job] = []
     for text, named in _read(scenarios):
+        for pool in pools:
+            try:
+                check_parameters(pool, named.scenario.memory)
+            except ValueError as error:
+                raise click.BadParameter(f"{named.name}: [memory.parameters] {error}", param_hint="--pool") from None
         todo += jobs_of(named.name, text, named.scenario, pools, numbers)
     results = _run_real(todo) if real else _run_virtual(todo, jobs, dask)
     sys.exit(_show(results, todo, json_path))

@@ -154,3 +154,12 @@ def test_memory_is_not_full_as_long_as_others_still_get_some(pool: str) -> None:
     result = run_virtual(Job("filling", text, pool, 1))
     assert result["failed"] == []
     assert result["nbd"]["done"] < 10
+
+
+def test_a_pool_that_does_not_take_the_parameters_of_the_file_is_a_mistake(quick: Path) -> None:
+    quick.write_text(QUICK + "[memory]\npool = 'srog'\nparameters = { role = 'fallback' }\n")
+    assert run(str(quick))[0] == 0
+    code, said = run(str(quick), "--pool", "page_frag")
+    assert code == 2
+    assert "role" in said
+    assert "lanes" in said

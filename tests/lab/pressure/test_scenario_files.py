@@ -81,7 +81,7 @@ def test_every_fault_is_named_at_once() -> None:
             LEAST + "[memory.parameters]\nlanes = [1]\n",
             "[memory] parameters = [1]: allowed is true or false, a number, a",
         ),
-        (LEAST + "[memory.parameters]\nlines = 2\n", "[memory.parameters]: kmalloc does not take these parameters"),
+        (LEAST + "[memory.parameters]\nlines = 2\n", "[memory.parameters] lines = 2: allowed for kmalloc is lanes"),
         (
             LEAST + "[memory]\npool = 'nta'\n[memory.parameters]\nversion = 'v3'\n",
             'version: allowed is "v1", "v2" or a table of grain',

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
+from inspect import Parameter, signature
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -480,8 +481,25 @@ def pool_options(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _check_parameters(name: str, memory: Memory) -> None:
-    """Make the pool once. Raises ValueError when it has no such parameters, or does not take their values."""
+def _parameters_of(name: str) -> list[str]:
+    """The parameters of the pool `name`; none when its class, compiled or from elsewhere, does not say."""
+    try:
+        parameters = signature(by_name(name)).parameters.values()
+    except ValueError:
+        return []
+    if any(each.kind is Parameter.VAR_KEYWORD for each in parameters):
+        return []
+    return [each.name for each in parameters if each.kind is Parameter.KEYWORD_ONLY]
+
+
+def check_parameters(name: str, memory: Memory) -> None:
+    """Make the pool once. Raises ValueError, which says what is allowed, when it has no such parameters, or does not take their
+    values.
+    """
+    known = _parameters_of(name)
+    for parameter, value in memory.parameters.items():
+        if known and parameter not in known:
+            raise ValueError(f"{parameter} = {toml_value(value)}: allowed for {name} is {', '.join(known)}")
     try:
         by_name(name)(PageAllocator(Arena(memory.size // PAGE_SIZE)), **pool_options(name, memory.parameters))
     except (TypeError, AssertionError) as error:
@@ -537,9 +555,9 @@ def _contradictions(scenario: Scenario) -> Iterator[str]:
     if memory.parameters:
         for name in memory.pool:
             try:
-                _check_parameters(name, memory)
+                check_parameters(name, memory)
             except ValueError as error:
-                yield f"[memory.parameters]: {error}"
+                yield f"[memory.parameters] {error}"
     for number, traffic in enumerate(scenario.traffic):
         if traffic.stop is not None and traffic.stop <= traffic.start:
             yield f"{place(('traffic', number), 'stop')} = {traffic.stop:g}: allowed is more than start, {traffic.start:g}"
