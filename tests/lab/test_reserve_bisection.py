@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from ustack.cli import main
-from ustack.lab.reserve_bisection import GOOD_WIRE, POOLS, Run, bisect, run, worked_out
+from ustack.lab.reserve_bisection import GOOD_WIRE, POOLS, RUNS, Run, bisect, run, worked_out
 from ustack.mem.reserve import Demand
 
 pytestmark = pytest.mark.sim
@@ -32,6 +32,14 @@ def test_nor_does_anything_with_few_and_small_requests(pool: str) -> None:
     pages = worked_out(pool, False, demand)
     assert pages < 16
     assert run(1, pool, False, pages, reads=0.5, wire=GOOD_WIRE, requests=24, demand=demand).served
+
+
+def test_fragments_that_are_free_beside_others_that_are_not_are_counted() -> None:
+    demand = Demand(1, 4096)
+    pages = worked_out("page_frag", True, demand)
+    for reads, wire in RUNS:
+        done = run(2, "page_frag", True, pages, reads=reads, wire=wire, demand=demand)
+        assert (done.refused, done.throttled) == (0, 0)
 
 
 def test_a_demand_of_more_than_the_limits_of_tcp_is_bounded_by_them() -> None:

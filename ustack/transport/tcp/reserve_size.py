@@ -36,7 +36,7 @@ from pools.base import NULL
 from pools.buddy import PageAllocator
 from pools.gfp import ATOMIC, MEMALLOC
 from ustack.link.device import ETH_HLEN
-from ustack.link.rxring import LinearRing, PagedRing
+from ustack.link.rxring import LINEAR_RING_FRAMES, LinearRing, PagedRing
 from ustack.mem.protocol import ProtocolMemory
 from ustack.mem.reserve import Budget, Demand
 from ustack.mem.socket import SocketMemory
@@ -102,8 +102,16 @@ def ring_pages(make_pool: Callable[[PageAllocator], Pool], link: Link) -> int:
     """Pages of reserve that the receive ring of one device may take."""
     if not link.linear:
         return 0
-    scratch = _Scratch(make_pool, 64 * (link.mtu + PAGE_SIZE))
-    scratch.ring(link)
+    size = link.mtu + ETH_HLEN
+    scratch = _Scratch(make_pool, 2 * LINEAR_RING_FRAMES * (size + PAGE_SIZE))
+    pool = scratch.memory.pool
+    buffers = [pool.alloc(size, MEMALLOC) for _ in range(LINEAR_RING_FRAMES)]
+    # They come and go one by one. A fragment that is free next to one that is not serves nobody (page_frag): then the last of
+    # them is alone on its block.
+    for addr in buffers[::2]:
+        if addr != NULL:
+            pool.free(addr, size)
+            pool.alloc(size, MEMALLOC)
     return scratch.used()
 
 
