@@ -8,8 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
 
-from mypy_extensions import mypyc_attr
-
 from ustack.net.path import Path
 from ustack.timers import Timer
 
@@ -56,7 +54,6 @@ class IpPacket:
         self.broadcast = False
 
 
-@mypyc_attr(allow_interpreted_subclasses=True)
 class IpLayer(ABC):
     """One version of IP of one stack. `interfaces` are those that it uses, but for `loopback`, which leads to ourselves (None:
     nothing does); `protocols` maps each protocol to its handler.

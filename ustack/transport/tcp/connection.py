@@ -201,9 +201,9 @@ class Connection:
         self.mss_limit = 0
         self.mss_limit_until = 0.0
         self.sack_ok = False
-        self.ts_ok = False
-        self.ts_offset = tcp.isn.timestamp_offset(key)
-        self.ts_recent = 0
+        self.ts_ok: bool = False
+        self.ts_offset: int = tcp.isn.timestamp_offset(key)
+        self.ts_recent: int = 0
         self.ts_recent_at = now
         self.last_ack_sent = 0
 

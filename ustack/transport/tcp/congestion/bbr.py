@@ -23,7 +23,8 @@ DRAIN_GAIN: Final = 1 / HIGH_GAIN
 CWND_GAIN: Final = 2.0
 """Bandwidth-delay products that may be in flight, since ACKs are delayed and put together."""
 
-CYCLE: Final = (1.25, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+# The type is spelled out because mypyc takes a fixed tuple of floats for one that was never set.
+CYCLE: Final[tuple[float, ...]] = (1.25, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 """Pacing gains of the phases of PROBE_BW, one round trip each: probe, drain what that has queued, cruise."""
 
 PACING_MARGIN: Final = 0.99
