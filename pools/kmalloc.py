@@ -15,6 +15,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Final
 
+from mypy_extensions import mypyc_attr
+
 from pools.arena import PAGE_SHIFT
 from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
 from pools.slab import GRANULE, GRANULE_SHIFT, KmemCache, SlabMap, object_size, slabinfo
@@ -34,6 +36,7 @@ LANES: Final = 4
 """How many lanes a pool knows by default: receive, transmit, and two for workers."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class KmallocPool(Pool):
     """General caches `size-32` to `size-131072` and `skbuff_head_cache` on the pages of `pages`, with arrays for `lanes` lanes.
 

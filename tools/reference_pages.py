@@ -230,7 +230,7 @@ Files are those of `ustack/`. A reason that "{NOWHERE}" decides on has its name 
 def counters() -> str:
     """The page of the counters."""
     docs = attribute_docs(Mib)
-    rows = [[f"`{name}`", docs[name], _in_files(files_that_count(name))] for name in Mib.__slots__]
+    rows = [[f"`{name}`", docs[name], _in_files(files_that_count(name))] for name in Mib().as_dict()]
     return f"""# Counters
 
 What `ustack nstat` shows, and `stack.mib.as_dict()` in a program: the attributes of `Mib` in `ustack/mib.py`, under the names

@@ -576,7 +576,7 @@ def _contradictions(scenario: Scenario) -> Iterator[str]:
     expect = scenario.expect
     if expect.finishes and expect.standstill is not None:
         yield "[expect] standstill: work that finishes does not stand still"
-    yield from _unknown("expect.counters", expect.counters, Mib.__slots__)
+    yield from _unknown("expect.counters", expect.counters, Mib().as_dict())
     yield from _unknown("expect.drops", expect.drops, [reason.name for reason in DropReason])
 
 
