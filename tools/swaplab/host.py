@@ -123,12 +123,15 @@ class Lab:
         for timer in self._timers:
             timer.cancel()
             timer.join()
-        if self._hog is not None:
-            _end(self._hog, signal.SIGKILL)
-        with contextlib.suppress(subprocess.CalledProcessError, OSError):
+        # What waits for a page ends only when the page comes: first the link and the server, then the program.
+        with contextlib.suppress(subprocess.SubprocessError, OSError):
             _ip("link", "set", TAP, "up")
         if self._swap_on:
             self.start_server()
+        if self._hog is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _end(self._hog, signal.SIGKILL)
+        if self._swap_on:
             try:
                 self.ustack("swap", "off", timeout=SWAP_OFF_TIMEOUT)
             except subprocess.SubprocessError as error:
@@ -238,17 +241,20 @@ class Lab:
         """The second pass begins: kill the server, restart it, then cut the link, and mend it."""
         away = self.plan.away
 
-        def note(what: str, step: Callable[[], object]) -> Callable[[], None]:
-            def work() -> None:
+        steps: list[tuple[str, Callable[[], object]]] = [
+            ("server killed", self.kill_server),
+            ("server started", self.start_server),
+            ("link cut", lambda: _ip("link", "set", TAP, "down")),
+            ("link mended", lambda: _ip("link", "set", TAP, "up")),
+        ]
+
+        def one_after_the_other() -> None:  # on a busy machine a server takes long to die
+            for what, step in steps:
                 step()
                 result.disturbances.append(what)
+                time.sleep(away)
 
-            return work
-
-        self._later(0.2, note("server killed", self.kill_server))
-        self._later(0.2 + away, note("server started", self.start_server))
-        self._later(0.4 + 2 * away, note("link cut", lambda: _ip("link", "set", TAP, "down")))
-        self._later(0.4 + 3 * away, note("link mended", lambda: _ip("link", "set", TAP, "up")))
+        self._later(0.2, one_after_the_other)
 
     def _later(self, seconds: float, step: Callable[[], object]) -> None:
         timer = Timer(seconds, step)
