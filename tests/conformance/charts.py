@@ -46,8 +46,14 @@ MARKS: Final = {"noect": 0, "ect1": 1, "ect0": 2, "ce": 3}
 SHUTS: Final = {"rd": SHUT_RD, "wr": SHUT_WR, "rdwr": SHUT_RD | SHUT_WR}
 OFFLOADS: Final = {"none": 0, "tso": FEATURE_CSUM | FEATURE_TSO}
 
-CONFIG_TYPES: Final = {field.name: field.type for field in dataclasses.fields(TcpConfig)}
-OPTION_TYPES: Final = {field.name: field.type for field in dataclasses.fields(SocketOptions)}
+
+def _types(of: type) -> dict[str, Any]:
+    """The fields of a dataclass by the names of their types, which a compiled one has as types."""
+    return {field.name: getattr(field.type, "__name__", field.type) for field in dataclasses.fields(of)}
+
+
+CONFIG_TYPES: Final = _types(TcpConfig)
+OPTION_TYPES: Final = _types(SocketOptions)
 CONVERSIONS: Final[dict[Any, Callable[[str], Any]]] = {
     "int": int,
     "float": float,

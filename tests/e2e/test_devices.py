@@ -20,7 +20,7 @@ pytestmark = pytest.mark.e2e
     [
         ("10.77.0.0/24", "names the network"),
         ("224.0.0.1/24", "cannot be the IPv4 address"),
-        ("fd00::1/64", "IPv6 is not available"),
+        ("ff02::1/64", "cannot be the IPv6 address"),
         ("nonsense", "does not appear to be"),
     ],
 )

@@ -120,6 +120,8 @@ class Analyser:
             mine.mss = options.mss
         mine.scaled = options.wscale >= 0
         mine.wscale = min(max(options.wscale, 0), 14)
+        if not header.flags & ACK:
+            mine.edge = max(mine.edge, 1 + header.window)  # what may come before the handshake is done (RFC 7413)
 
     def _data(
         self,

@@ -357,7 +357,8 @@ def send_syn(conn: Connection, ts_val: int = -1, fastopen: bytes | None = None, 
         if conn.ecn.ok:
             flags |= ECE
         conn.rcv_wup = conn.rcv_nxt
-        conn.rcv_adv = conn.rcv_nxt + window
+        scale = conn.rcv_wscale
+        conn.rcv_adv = conn.rcv_nxt + (window + (1 << scale) - 1 >> scale << scale)  # as an answer to early data has to say it
         conn.last_ack_sent = conn.rcv_nxt
         HEADER.pack_into(head, at, local, remote, conn.iss & MASK32, conn.rcv_nxt & MASK32, hlen << 10 | flags, window, 0, 0)
     else:
