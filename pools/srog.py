@@ -25,6 +25,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
+from mypy_extensions import mypyc_attr
+
 from pools.arena import PAGE_SHIFT, PAGE_SIZE
 from pools.base import NULL, SKB_HEAD_SIZE, DoubleFree, Pool
 from pools.buddy import MAX_ORDER
@@ -95,6 +97,7 @@ class Block:
                 return
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class SrogPool(Pool):
     """Groups on pages of their own: for all packets, or (`role="fallback"`) for those that need the reserve.
 
@@ -234,7 +237,7 @@ class SrogPool(Pool):
         if self.faithful:
             # list_splice() takes its first argument for a list head, and leaves that behind.
             first, last, at = two.next, two.previous, one.next
-        elif two in one.ring():
+        elif any(block is two for block in one.ring()):
             return
         else:
             first, last, at = two, two.previous, one.next

@@ -33,6 +33,7 @@ HOT = (
     "pools/gfp.py",
     "pools/kmalloc.py",
     "pools/slab.py",
+    "pools/srog.py",
     "ustack/drops.py",
     "ustack/env.py",
     "ustack/mib.py",
