@@ -65,7 +65,7 @@ async def test_commands_take_ipv6_addresses(daemon: RunningDaemon) -> None:
             assert peer[0] == OURS6
             assert await asyncio.to_thread(accepted.recv, 100) == b"hello"
             connected = (await daemon.ustack("ss", "-t")).stdout.decode()
-            assert re.search(rf"(ESTAB|FIN-WAIT2) .*\[{OURS6}\]:\d+ +\[{KERNEL6}\]:\d+", connected)
+            assert re.search(rf"(ESTAB|FIN-WAIT1|FIN-WAIT2) .*\[{OURS6}\]:\d+ +\[{KERNEL6}\]:\d+", connected)
         await talking
     listening = (await daemon.ustack("ss", "-l")).stdout.decode()
     assert re.search(r"tcp   LISTEN 0 +100 +0\.0\.0\.0:7 +0\.0\.0\.0:\*", listening)
