@@ -1,6 +1,6 @@
 """Debian's servers, killed and started again amid verified reads and writes: callers only wait, and nothing is lost.
 
-A handful of restarts each; `--seeds 20` and more: as many.
+A handful of restarts each: one for every five of `--seeds`, so `--seeds 100` for twenty.
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from ustack.wire import icmp, icmpv6
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ustack.net.icmp import Echo
-    from ustack.net.icmpv6 import Echo6
+    from ustack.net.echo import Echo
     from ustack.stack import Stack
 
 PAYLOAD_MAX: Final = 65507
@@ -105,7 +104,7 @@ class PingSeries:
         """Send the series and return what became of it: counts, and `time` in seconds. Raises the OSErrors of
         `IpLayer.path`.
         """
-        echo: Echo | Echo6
+        echo: Echo
         if len(self._dst) == 4:
             echo = self._stack.ip.icmp.open_echo(self._on_reply, self._on_error)
         else:
@@ -142,7 +141,7 @@ class PingSeries:
             async with asyncio.timeout(max(seconds, 0)):
                 await self._done.wait()
 
-    def _send(self, echo: Echo | Echo6) -> None:
+    def _send(self, echo: Echo) -> None:
         self.sent += 1
         on_wire = self.sent & _MASK
         self._waiting[on_wire] = (self.sent, perf_counter())

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ustack.drops import DropReason
+from ustack.net.echo import Echo
 from ustack.net.icmp_limit import ErrorLimiter
 from ustack.net.path import PMTU_MIN, PMTUDISC_DO, PMTUDISC_WANT
 from ustack.wire import ethernet, icmp, ipv4
@@ -247,33 +248,3 @@ class Icmp:
     def close_echo(self, ident: int) -> None:
         """End the echo client with the identifier `ident`."""
         self._echoes.pop(ident, None)
-
-
-class Echo:
-    """An echo client (what ping is made of); see `Icmp.open_echo`. `ident` is the identifier of its requests."""
-
-    __slots__ = ("_icmp", "ident", "on_error", "on_reply")
-
-    def __init__(
-        self,
-        layer: Icmp,
-        ident: int,
-        on_reply: Callable[[bytes, int, bytes, int], None],
-        on_error: Callable[[int, int, bytes, int, bytes], None],
-    ) -> None:
-        self._icmp = layer
-        self.ident = ident
-        self.on_reply = on_reply
-        self.on_error = on_error
-
-    def send(self, dst: bytes, seq: int, payload: Buffer = b"", ttl: int = 0, pmtudisc: int = PMTUDISC_WANT) -> bool:
-        """Ask `dst` (packed) with the sequence number `seq` (16 bits); False when the request was dropped here. `ttl` 0: the
-        path's own; `pmtudisc` as IP_MTU_DISCOVER has it.
-
-        Raises the OSErrors of `Ipv4.path`, and EMSGSIZE for what does not fit the path and must not be cut.
-        """
-        return self._icmp.send_echo(self.ident, dst, seq, payload, ttl, pmtudisc)
-
-    def close(self) -> None:
-        """Call nobody any more, and free the identifier."""
-        self._icmp.close_echo(self.ident)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 from ustack.drops import DropReason
 from ustack.net.addresses import ANY6, with_zone
+from ustack.net.echo import Echo
 from ustack.net.icmp_limit import ErrorLimiter
-from ustack.net.path import PMTUDISC_DO, PMTUDISC_WANT
+from ustack.net.path import PMTUDISC_DO
 from ustack.wire import ethernet, icmpv6, ipv6
 from ustack.wire.checksum import finish, ones_sum_views, pseudo_v6
 
@@ -71,7 +72,7 @@ class Icmpv6:
         self._drops = ipv6_layer.env.drops
         self._mib = ipv6_layer.env.mib
         self._limit = ErrorLimiter(ipv6_layer.env)
-        self._echoes: dict[int, Echo6] = {}
+        self._echoes: dict[int, Echo] = {}
         self._reporter = ANY6  # who sent the error that is being processed
         self.error_handlers: dict[int, ErrorHandler] = {ipv6.NEXTHDR_ICMP: self._on_echo_error}
         self.memalloc_owners: dict[int, MemallocOwner] = {}
@@ -276,14 +277,14 @@ class Icmpv6:
 
     def open_echo(
         self, on_reply: Callable[[bytes, int, bytes, int], None], on_error: Callable[[int, int, bytes, int, bytes], None]
-    ) -> Echo6:
+    ) -> Echo:
         """An echo client with an identifier of its own; see `Icmp.open_echo`. The types and codes are those of ICMPv6."""
         if len(self._echoes) > 0xFFFF:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         ident = self._ipv6.env.random.getrandbits(16)
         while ident in self._echoes:
             ident = (ident + 1) & 0xFFFF
-        echo = self._echoes[ident] = Echo6(self, ident, on_reply, on_error)
+        echo = self._echoes[ident] = Echo(self, ident, on_reply, on_error)
         return echo
 
     def _on_echo_error(self, kind: int, code: int, _mtu: int, _src: bytes, dst: bytes, quoted: bytes) -> bool:
@@ -295,7 +296,7 @@ class Icmpv6:
         return True
 
     def send_echo(self, ident: int, dst: bytes, seq: int, payload: Buffer, ttl: int, pmtudisc: int) -> bool:
-        """Send an echo request; see `Echo6.send`."""
+        """Send an echo request; see `Echo.send`."""
         path = self._ipv6.path(dst)
         fits = ipv6.HEADER_LEN + icmpv6.HEADER_LEN + len(payload) <= path.mtu
         if not fits and pmtudisc >= PMTUDISC_DO:
@@ -310,29 +311,3 @@ class Icmpv6:
     def close_echo(self, ident: int) -> None:
         """End the echo client with the identifier `ident`."""
         self._echoes.pop(ident, None)
-
-
-class Echo6:
-    """An echo client; see `Icmpv6.open_echo`. `ident` is the identifier of its requests."""
-
-    __slots__ = ("_icmp", "ident", "on_error", "on_reply")
-
-    def __init__(
-        self,
-        layer: Icmpv6,
-        ident: int,
-        on_reply: Callable[[bytes, int, bytes, int], None],
-        on_error: Callable[[int, int, bytes, int, bytes], None],
-    ) -> None:
-        self._icmp = layer
-        self.ident = ident
-        self.on_reply = on_reply
-        self.on_error = on_error
-
-    def send(self, dst: bytes, seq: int, payload: Buffer = b"", ttl: int = 0, pmtudisc: int = PMTUDISC_WANT) -> bool:
-        """Ask `dst` (packed) with the sequence number `seq` (16 bits); see `Echo.send`."""
-        return self._icmp.send_echo(self.ident, dst, seq, payload, ttl, pmtudisc)
-
-    def close(self) -> None:
-        """Call nobody any more, and free the identifier."""
-        self._icmp.close_echo(self.ident)
